@@ -1,0 +1,115 @@
+# make setup | quickstart | test | lint | bench | bench-gpu | clean
+#
+# Variables you may set, as in `make quickstart RANKS=1`:
+#   PYTHON           the interpreter that makes .venv          (default: the first Python >= 3.11 found)
+#   TORCH            the requirement for PyTorch               (default: by whether a GPU is here, see below)
+#   TORCH_CPU_INDEX  an index that holds CPU builds of PyTorch (default: pip's own configuration)
+#   RANKS            ranks of the quickstart                   (default: the number of GPUs, or 2 without one)
+#   PYTEST_ARGS      more arguments for pytest, for instance PYTEST_ARGS='-k config -x'
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+VENV  := .venv
+BIN   := $(CURDIR)/$(VENV)/bin
+STAMP := $(VENV)/.setup-done
+PIP   := $(BIN)/python -m pip --disable-pip-version-check --no-input
+
+# How many NVIDIA GPUs are here; where the driver's tool is missing, count the device files.
+GPUS := $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true); \
+	[ "$${n:-0}" -gt 0 ] || n=$$(find /dev -maxdepth 1 -name 'nvidia[0-9]*' 2>/dev/null | wc -l); echo $$n)
+RANKS ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
+
+# PyTorch's usual Linux build brings gigabytes of CUDA. Without a GPU the CPU build, `+cpu`, is asked for
+# by name; constraints.txt pins the same version for both. The CPU build is not on every package index: say
+# where it is with TORCH_CPU_INDEX (PyTorch's installation page names theirs), or have pip configured for it;
+# if it cannot be found, the usual build is installed instead, and that is said.
+# On a login node without a GPU, for jobs on nodes with one: make setup TORCH=torch==2.13.0
+TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
+TORCH ?= torch==$(TORCH_VERSION)$(if $(filter 0,$(GPUS)),+cpu)
+
+# The benchmarks this machine can run: tests/bench/gpu_*.py need a GPU, files that begin with _ are no benchmarks.
+BENCH_GPU := $(sort $(wildcard tests/bench/gpu_*.py))
+BENCH_CPU := $(sort $(filter-out $(BENCH_GPU) tests/bench/_%.py,$(wildcard tests/bench/*.py)))
+
+.PHONY: help setup quickstart test lint bench bench-gpu clean
+
+help:
+	@sed -n '1,/^$$/p' Makefile
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@if [ ! -x $(BIN)/python ]; then \
+		for python in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
+			"$$python" -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
+			echo "setup: making $(VENV) with $$(command -v "$$python")"; \
+			"$$python" -m venv $(VENV); \
+			break; \
+		done; \
+		if [ ! -x $(BIN)/python ]; then \
+			echo "setup: no Python >= 3.11 with venv was found (Debian: apt-get install python3-venv)." \
+				"Name one: make setup PYTHON=/path/to/python3.11" >&2; \
+			exit 1; \
+		fi; \
+	fi
+	@echo "setup: installing $(TORCH)"
+	@if ! $(PIP) install -qq $(if $(TORCH_CPU_INDEX),$(if $(findstring +cpu,$(TORCH)),--index-url $(TORCH_CPU_INDEX))) \
+			"$(TORCH)"; then \
+		case "$(TORCH)" in *+cpu) ;; *) exit 1 ;; esac; \
+		echo "setup: no CPU build of PyTorch there (TORCH_CPU_INDEX can name an index that has it);" \
+			"installing the usual build, which may be large" >&2; \
+		$(PIP) install -qq "torch==$(TORCH_VERSION)"; \
+	fi
+	@echo "setup: installing shardtune and what it needs"
+	@$(PIP) install -qq -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+	@echo "setup: done"
+
+# The launcher finds its compiler tools (ninja) on PATH. Without --num_gpus it would count NUMA nodes on a CPU.
+quickstart: setup
+	PATH="$(BIN):$$PATH" $(BIN)/deepspeed --num_gpus $(RANKS) launch/train.py --config configs/quickstart.yaml
+
+test: setup
+	PATH="$(BIN):$$PATH" $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# All of them, even after one has failed.
+SCRIPTS = $(wildcard .ci/run slurm/*.sbatch slurm/*.sh launch/*.sh tests/*.sh)
+lint: setup
+	@failed=0; \
+	run() { echo "$$*"; PATH="$(BIN):$$PATH" "$$@" || failed=1; }; \
+	run ruff check .; \
+	run ruff format --check .; \
+	run pyright; \
+	run lint-imports --no-logo; \
+	for script in $(SCRIPTS); do run bash -n $$script; done; \
+	run shellcheck $(SCRIPTS); \
+	exit $$failed
+
+# Each benchmark prints one JSON line. A failing one does not stop the others, but make fails in the end.
+define run_benchmarks
+	@failed=0; \
+	for script in $(1); do \
+		echo "bench: $$script" >&2; \
+		PATH="$(BIN):$$PATH" $(BIN)/python "$$script" || { echo "bench: $$script failed" >&2; failed=1; }; \
+	done; \
+	exit $$failed
+endef
+
+bench: setup
+	$(if $(BENCH_CPU),,@echo "bench: there are no benchmarks for a CPU in tests/bench yet")
+	$(if $(BENCH_GPU),$(if $(filter 0,$(GPUS)),@echo "bench: left out for want of a GPU: $(notdir $(BENCH_GPU))" >&2))
+	$(call run_benchmarks,$(BENCH_CPU) $(if $(filter-out 0,$(GPUS)),$(BENCH_GPU)))
+
+bench-gpu: setup
+	$(if $(filter 0,$(GPUS)),@echo "bench-gpu: there is no NVIDIA GPU here" >&2; exit 1)
+	$(if $(BENCH_GPU),,@echo "bench-gpu: there are no benchmarks for a GPU in tests/bench yet")
+	$(call run_benchmarks,$(BENCH_GPU))
+
+# Caches and build outputs, not the runs and not $(VENV).
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache .import_linter_cache
+	find . -path ./$(VENV) -prune -o -path ./runs -prune -o -name __pycache__ -type d -exec rm -rf {} +

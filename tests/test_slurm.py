@@ -1,0 +1,65 @@
+"""slurm/train.sbatch on a real cluster of two nodes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import tiny_config
+
+import slurm_cluster
+from slurm_cluster import SlurmCluster
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+WHY_NOT = slurm_cluster.why_not()
+pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"no Slurm: {WHY_NOT}")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    with slurm_cluster.slurm_cluster(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
+
+
+def submit_and_wait(
+    cluster: SlurmCluster, output: Path, *arguments: str | Path, sbatch: tuple[str, ...] = ("-N", "2")
+) -> tuple[str, int, str]:
+    """Run slurm/train.sbatch to its end: the job's state, its exit code and what it printed."""
+    number = cluster.submit(
+        *sbatch, f"--output={output}", "slurm/train.sbatch", *arguments,
+        cwd=REPOSITORY, environment={"SHARDTUNE_VENV": sys.prefix},
+    )  # fmt: skip
+    state, code = cluster.wait(number)
+    return state, code, output.read_text() if output.exists() else cluster.logs()
+
+
+def test_trains_on_two_nodes(cluster: SlurmCluster, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    arguments = ("--config", config, "name=two-nodes")
+    state, code, printed = submit_and_wait(cluster, tmp_path / "job.out", *arguments)
+    assert (state, code) == ("COMPLETED", 0), printed
+
+    run = tmp_path / yaml.safe_load(config.read_text())["runs"] / "two-nodes"
+    assert json.loads((run / "environment.json").read_text())["ranks"] == 2
+    assert (run / "final").is_dir()
+
+
+def test_exit_code_of_the_ranks_is_that_of_the_job(cluster: SlurmCluster, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    state, code, printed = submit_and_wait(cluster, tmp_path / "job.out", "--config", config, "no_such_key=1")
+    assert (state, code) == ("FAILED", 2), printed
+    assert "no_such_key" in printed
+
+
+def test_says_where_the_environment_is_missing(cluster: SlurmCluster, tmp_path: Path) -> None:
+    number = cluster.submit(
+        f"--output={tmp_path / 'job.out'}", "slurm/train.sbatch", "--config", "none.yaml",
+        cwd=REPOSITORY, environment={"SHARDTUNE_VENV": str(tmp_path / "nowhere")},
+    )  # fmt: skip
+    assert cluster.wait(number) == ("FAILED", 2)
+    assert "make setup" in (tmp_path / "job.out").read_text()

@@ -1,0 +1,111 @@
+"""Which class each key of the config stands for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from shardtune.config import (
+    CausalConfig,
+    ClassificationConfig,
+    Config,
+    FreezeConfig,
+    LoraConfig,
+    TaskConfig,
+    TuningConfig,
+)
+from shardtune.data.batching.grouped import Grouped
+from shardtune.data.batching.padded import Padded
+from shardtune.errors import ConfigError
+from shardtune.layers import layer_names
+from shardtune.model.tokenizer import decoder_start
+from shardtune.protocols import Batching, Strategy, Task, Tuning
+from shardtune.strategy.fsdp2 import Fsdp2
+from shardtune.strategy.replicated import Replicated
+from shardtune.strategy.zero import Zero
+from shardtune.task.causal import Causal
+from shardtune.task.classification import Classification
+from shardtune.task.seq2seq import Seq2Seq
+from shardtune.tuning.freeze import Freeze
+from shardtune.tuning.full import Full
+from shardtune.tuning.lora import Lora
+from shardtune.world import World
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+BATCHINGS: dict[str, type[Batching]] = {"padded": Padded, "grouped": Grouped}
+USABLE_SHARE = 0.7
+"""Of a device's memory, what parameters, gradients and optimizer may take under ddp; the rest is for activations."""
+
+
+def make_task(
+    config: TaskConfig, path: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedConfig, labels: Sequence[str]
+) -> Task:
+    """The task of `task.kind`."""
+    if isinstance(config, ClassificationConfig):
+        return Classification(tokenizer, config.max_source_tokens, labels)
+    if isinstance(config, CausalConfig):
+        whole_text = config.text is not None
+        return Causal(tokenizer, config.max_source_tokens, config.max_target_tokens, whole_text)
+    start = decoder_start(model, path)
+    return Seq2Seq(tokenizer, config.max_source_tokens, config.max_target_tokens, start)
+
+
+def make_tuning(config: TuningConfig, task: str) -> Tuning:
+    """The method of `tuning.method`."""
+    if isinstance(config, LoraConfig):
+        return Lora(task, config.rank, config.alpha, config.dropout, config.targets)
+    if isinstance(config, FreezeConfig):
+        return Freeze(config.layers, config.embeddings, config.patterns)
+    return Full()
+
+
+def choose_strategy(kind: str, model: nn.Module, world: World, compute_dtype: torch.dtype) -> str:
+    """What `strategy.kind: auto` means for this model on these ranks.
+
+    Trained parameters take 16 bytes each (float32 weight, gradient and two moments), frozen ones their own dtype.
+    """
+    if kind != "auto":
+        return kind
+    if world.size == 1:
+        return "single"
+    if world.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(world.device).total_memory
+    else:
+        # All ranks of a machine share its memory.
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / world.size
+    needed = sum(p.numel() * (16 if p.requires_grad else compute_dtype.itemsize) for p in model.parameters())
+    return "ddp" if needed <= USABLE_SHARE * memory else "fsdp2"
+
+
+def make_strategy(kind: str, model: nn.Module, world: World, compute_dtype: torch.dtype) -> Strategy:
+    """The strategy `kind`, which is not auto, for a model on the meta device."""
+    if kind in ("single", "ddp"):
+        return Replicated(world, compute_dtype)
+    if kind == "fsdp2":
+        return Fsdp2(world, compute_dtype, layer_names(model))
+    return Zero(world, compute_dtype, stage=int(kind.removeprefix("zero")))
+
+
+def metric_names(config: Config) -> list[str]:
+    """The metrics of `evaluation.metrics`, or those that suit the task."""
+    if config.evaluation.metrics is not None:
+        return list(config.evaluation.metrics)
+    if isinstance(config.task, ClassificationConfig):
+        return ["accuracy", "macro_f1"]
+    if isinstance(config.task, CausalConfig) and config.task.text is not None:
+        return ["perplexity"]
+    return ["rouge"]
+
+
+def check_device(config: Config, world: World) -> None:
+    """Refuses what this device cannot do.
+
+    Raises ConfigError.
+    """
+    if world.device.type == "cuda" and config.model.dtype == "bfloat16" and not torch.cuda.is_bf16_supported(False):
+        name = torch.cuda.get_device_name(world.device)
+        raise ConfigError(f"model.dtype: {name} has no bfloat16; use model.dtype=float32")

@@ -1,0 +1,288 @@
+"""One training run, from a config to `final/`."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from shardtune import optim, run_folder
+from shardtune.assemble.parts import (
+    BATCHINGS,
+    DTYPES,
+    check_device,
+    choose_strategy,
+    make_strategy,
+    make_task,
+    make_tuning,
+    metric_names,
+)
+from shardtune.config import Config
+from shardtune.config_file import dump_config
+from shardtune.data.order import Order
+from shardtune.data.splits import Splits
+from shardtune.data.steps import Steps
+from shardtune.data.tables import TokenTable, cache_folder, fingerprint, open_table, write_table
+from shardtune.errors import DataError
+from shardtune.evaluation import Evaluator, Split
+from shardtune.loop import train
+from shardtune.model.skeleton import Skeleton, build_skeleton, load_architecture
+from shardtune.model.tokenizer import fit_config, identity, load_tokenizer, train_tokenizer
+from shardtune.protocols import Task, Text
+from shardtune.reporting import Reporter
+from shardtune.result import write_result
+from shardtune.state import TrainingState
+from shardtune.world import World
+
+ENCODED_AT_ONCE = 4096
+"""Texts handed to the tokenizer together; it spreads them over the processor's cores."""
+
+
+@dataclass
+class Prepared:
+    """What every rank knows before the weights are loaded."""
+
+    architecture: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    labels: list[str]
+    tables: dict[str, TokenTable]
+    splits: Splits | None
+    """The texts, on the first rank."""
+
+
+def train_run(config: Config, world: World, splits: Splits | None, command_line: Sequence[str]) -> str:
+    """Trains and writes the run's folder; `splits` are given on the first rank. Returns what to say at the end.
+
+    Raises ShardtuneError, each with its exit code.
+    """
+    folder = Path(config.runs) / config.name
+    check_device(config, world)
+    prepared = prepare(config, world, splits)
+    skeleton = make_skeleton(config, prepared, config.model.path, config.model.weights == "pretrained")
+    tuning = make_tuning(config.tuning, config.task.kind)
+    with skeleton.recorder:
+        model = tuning.apply(skeleton.model)
+    if config.model.recompute == "full":
+        skeleton.model.gradient_checkpointing_enable({"use_reentrant": False})
+    dtype = DTYPES[config.model.dtype]
+    weights = skeleton.weights(model, config.seed, dtype)
+    kind = choose_strategy(config.strategy.kind, model, world, dtype)
+    facts = _facts(config, world, prepared, skeleton, model, kind)
+    make_optimizer = functools.partial(
+        optim.adamw,
+        lr=config.optimizer.lr,
+        betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
+        eps=config.optimizer.eps,
+        weight_decay=config.optimizer.weight_decay,
+    )
+    strategy = make_strategy(kind, model, world, dtype)
+    strategy.prepare(model, weights, make_optimizer)
+    model.train()
+    world.seed_everything(config.seed)
+
+    devices = world.gather(_device_name(world.device))
+    if world.is_first:
+        environment = run_folder.environment(list(command_line), kind, devices)
+        run_folder.begin(folder, dump_config(config), environment)
+    state = TrainingState()
+    train_table = prepared.tables["train"]
+    order = Order(len(train_table), config.batch.examples, config.seed, config.data.shuffle)
+    batching = BATCHINGS[config.data.batching]()
+    steps = Steps(
+        train_table, order, batching, prepared.task.collate, world.rank, world.size, config.batch.micro_examples
+    )
+    total_steps = config.duration.steps
+    if total_steps is None:
+        total_steps = math.ceil((config.duration.epochs or 1) * order.steps_per_epoch)
+    evaluator = Evaluator(
+        prepared.task, strategy, world, metric_names(config), config.evaluation.max_new_tokens,
+        config.evaluation.beams, config.batch.micro_examples, folder / "predictions",
+    )  # fmt: skip
+    reporter = Reporter(
+        folder, world, state, total_steps, order.examples, config.tracking.every, config.evaluation.every,
+        config.tracking.tensorboard, evaluator, evaluated_splits(prepared, config.evaluation.examples),
+        config.model_dump(mode="json"),
+    )  # fmt: skip
+    reporter.progress.say(facts)
+    begun = time.monotonic()
+    try:
+        if config.evaluation.baseline and total_steps > 0:
+            reporter.evaluate()
+        train(
+            state, total_steps, steps, prepared.task, strategy, world,
+            functools.partial(
+                optim.learning_rate, total_steps=total_steps, peak=config.optimizer.lr,
+                schedule=config.optimizer.schedule, warmup=config.optimizer.warmup,
+            ),
+            functools.partial(optim.clip_scale, max_grad_norm=config.optimizer.max_grad_norm),
+            reporter.after_step,
+        )  # fmt: skip
+        reporter.evaluate()
+        write_result(
+            folder / "final", model, strategy, weights, prepared.tokenizer, skeleton.stored_dtype, world.is_first
+        )
+    finally:
+        reporter.close()
+    world.first_does("written", lambda: None)  # nobody leaves before the result is there
+    return _last_words(folder, config, reporter.before_and_after(), time.monotonic() - begun)
+
+
+def prepare(config: Config, world: World, splits: Splits | None) -> Prepared:
+    """Architecture, tokenizer and tokenized examples; what takes long is done once, on the first rank."""
+    task_kind, trust = config.task.kind, config.model.trust_remote_code
+    architecture = load_architecture(config.model.path, task_kind, trust)
+    given = config.model.tokenizer
+    newly_trained = given is not None and given.startswith("train:")
+    side = config.task.truncation_side
+    source = given or config.model.path
+    if newly_trained:
+        source = world.first_does("tokenizer", lambda: _trained_tokenizer(config, splits))
+    tokenizer = load_tokenizer(source, side, trust)
+    fit_config(architecture, tokenizer, newly_trained)
+    labels: list[str] = []
+    if task_kind == "classification":
+        labels = world.first_does("labels", lambda: _labels(splits))
+        architecture.num_labels = len(labels)
+        architecture.id2label = dict(enumerate(labels))
+        architecture.label2id = {label: index for index, label in enumerate(labels)}
+    task = make_task(config.task, config.model.path, tokenizer, architecture, labels)
+    folders = world.first_does("tables", lambda: _tokenize(config, task, tokenizer, labels, splits))
+    tables = {}
+    for name, folder in folders.items():
+        table = open_table(Path(folder))
+        if table is None:
+            raise DataError(f"{folder}: the tokenized {name} split is not there; do all nodes see this folder?")
+        tables[name] = table
+    return Prepared(architecture, tokenizer, task, labels, tables, splits)
+
+
+def make_skeleton(config: Config, prepared: Prepared, path: str, pretrained: bool) -> Skeleton:
+    """The model on the meta device."""
+    model = config.model
+    return build_skeleton(
+        prepared.architecture, path, config.task.kind, pretrained, model.attention, model.layers,
+        model.trust_remote_code,
+    )  # fmt: skip
+
+
+def evaluated_splits(prepared: Prepared, limit: int) -> list[Split]:
+    """Validation and test, those of them that have examples."""
+    found = []
+    for name in ("validation", "test"):
+        table = prepared.tables.get(name)
+        if table is not None and len(table):
+            texts: list[Text] = getattr(prepared.splits, name) if prepared.splits is not None else []
+            found.append(Split(name, table, min(len(table), limit), texts))
+    return found
+
+
+def _trained_tokenizer(config: Config, splits: Splits | None) -> str:
+    assert splits is not None and config.model.tokenizer is not None
+    pieces = int(config.model.tokenizer.removeprefix("train:"))
+    key = fingerprint("tokenizer", 1, splits.fingerprint, pieces, config.task.kind)
+    folder = cache_folder() / "tokenizers" / key
+    if not (folder / "tokenizer.json").exists():
+        partial = folder.with_name(f"{key}.{os.getpid()}")
+        texts = [text for example in splits.train for text in (example.source, example.target)]
+        train_tokenizer(texts, pieces, config.task.kind, partial)
+        if folder.exists():
+            return str(folder)
+        partial.rename(folder)
+    return str(folder)
+
+
+def _labels(splits: Splits | None) -> list[str]:
+    assert splits is not None
+    return sorted({text.target for text in splits.train})
+
+
+def _tokenize(
+    config: Config, task: Task, tokenizer: PreTrainedTokenizerBase, labels: list[str], splits: Splits | None
+) -> dict[str, str]:
+    """Token tables of all splits, from the cache where they are there. Split -> folder."""
+    assert splits is not None
+    settings = config.task.model_dump(include={"kind", "max_source_tokens", "max_target_tokens", "text"})
+    folders = {}
+    for name, texts in (("train", splits.train), ("validation", splits.validation), ("test", splits.test)):
+        key = fingerprint("tokens", 1, splits.fingerprint, name, settings, labels, identity(tokenizer))
+        folder = cache_folder() / "tokens" / key
+        if open_table(folder) is None:
+            pieces = (texts[start : start + ENCODED_AT_ONCE] for start in range(0, len(texts), ENCODED_AT_ONCE))
+            write_table(folder, (encoded for piece in pieces for encoded in task.encode(piece)))
+        folders[name] = str(folder)
+    return folders
+
+
+def _facts(
+    config: Config, world: World, prepared: Prepared, skeleton: Skeleton, model: nn.Module, kind: str
+) -> str:
+    """A few lines at the start: what is trained on what, and what was left out."""
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    counts = ", ".join(f"{len(table):,} {name}" for name, table in prepared.tables.items() if len(table))
+    weights = "random weights" if config.model.weights == "random" else config.model.path
+    lines = [
+        f"{config.name}: {type(skeleton.model).__name__} ({weights}), {config.task.kind}, {config.tuning.method}: "
+        f"{trained:,} of {total:,} parameters trained",
+        f"{kind} on {world.size} rank{'s' * (world.size > 1)} ({_device_name(world.device)}), {config.model.dtype}; "
+        f"{config.batch.examples} examples a step",
+        f"examples: {counts}",
+    ]
+    for name, table in prepared.tables.items():
+        cut = [f"{n:,} {what}" for n, what in ((table.source_cut, "sources"), (table.target_cut, "targets")) if n]
+        if cut:
+            lines.append(f"cut to length in {name}: {' and '.join(cut)} of {len(table):,}")
+    dropped = prepared.splits.dropped if prepared.splits is not None else {}
+    if dropped:
+        lines.append("left out or noted: " + ", ".join(f"{count:,} {reason}" for reason, count in dropped.items()))
+    if skeleton.new_parameters:
+        lines.append(f"new, not in the pretrained weights: {', '.join(skeleton.new_parameters)}")
+    lines.append("no checkpoints are written during the run in this version, only the result")
+    return "\n".join(lines)
+
+
+def _last_words(folder: Path, config: Config, results: str, seconds: float) -> str:
+    lines = ["", results, ""] if results else [""]
+    lines += [
+        f"done in {seconds / 60:.1f} minutes; the result is in {folder / 'final'}",
+        f"  try it:       shardtune generate --run {folder} {'TEXT' if config.task.kind != 'seq2seq' else 'TEXT'}",
+        f"  see it:       tensorboard --logdir {folder / 'tensorboard'}",
+        f"  read it:      {folder / 'predictions'}",
+        f"  take it:      shardtune export --run {folder} --out DIR",
+    ]
+    return "\n".join(lines)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """A good run's output is calm: libraries say only what is wrong."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    for name in ("DeepSpeed", "torch.distributed", "huggingface_hub", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+        yield
+
+
+__all__: list[Any] = ["Prepared", "evaluated_splits", "make_skeleton", "prepare", "quiet_libraries", "train_run"]

@@ -1,0 +1,261 @@
+"""The command line. Under `--help`, and for a wrong flag or a bad config, torch is not imported."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from shardtune.errors import ConfigError, FailedElsewhere, ShardtuneError, StorageError
+
+if TYPE_CHECKING:
+    from shardtune.config import Config
+
+STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and exits with the code for a wrong command line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the message and the usage, and exits with code 2."""
+        self.exit(ConfigError.exit_code, f"shardtune: {message}\n{self.format_usage()}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The console script `shardtune`. Returns the exit code."""
+    options = _parser().parse_args(sys.argv[1:] if arguments is None else arguments)
+    return _guarded(lambda: options.run(options))
+
+
+def train_as_rank(arguments: Sequence[str]) -> int:
+    """`launch/train.py`: one rank of those that a launcher started, or the only one. Returns the exit code."""
+    parser = Parser(prog="train.py", description="Train from a config file: one rank of a run.")
+    _add_training(parser)
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed appends it
+    options = parser.parse_args(arguments)
+    return _guarded(lambda: _train_here(options))
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="shardtune",
+        description="Fine-tune encoder-decoders, decoders and encoders from one config file, on one device or many.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
+
+    train = commands.add_parser("train", help="train from a config file; spawns the ranks itself")
+    _add_training(train)
+    train.add_argument("--ranks", type=int, metavar="N", help="ranks on this machine (default: its GPUs, or 1)")
+    train.add_argument("--nodes", type=int, default=1, metavar="N", help="machines that run this same command")
+    train.add_argument("--node-rank", type=int, default=0, metavar="K", help="which of them this is, from 0")
+    train.add_argument("--rendezvous", metavar="HOST:PORT", help="where node 0 is reached, with several nodes")
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("evaluate", help="judge a tuned model on a split")
+    _add_config(evaluate)
+    evaluate.add_argument("--checkpoint", type=Path, metavar="PATH", help="a result's folder (default: the run's final)")
+    evaluate.add_argument("--split", choices=["validation", "test"], default="test", help="default: test")
+    evaluate.set_defaults(run=_evaluate)
+
+    generate = commands.add_parser("generate", help="try the tuned model")
+    generate.add_argument("--run", type=Path, required=True, metavar="DIR", dest="folder", help="the run's folder")
+    generate.add_argument("--input", type=Path, metavar="FILE.jsonl", help="rows with the fields of the training data")
+    generate.add_argument("text", nargs="?", metavar="TEXT", help="one source text")
+    generate.set_defaults(run=_generate)
+
+    export = commands.add_parser("export", help="write the result as a Hugging Face folder")
+    export.add_argument("--run", type=Path, required=True, metavar="DIR", dest="folder", help="the run's folder")
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that does not exist yet")
+    export.add_argument("--merge", action="store_true", help="merge an adapter into its base model")
+    export.set_defaults(run=_export)
+
+    doctor = commands.add_parser("doctor", help="what this machine can run, and what is missing")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the run's YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="in place of what the file says")
+
+
+_add_training = _add_config
+
+
+def _guarded(work: Callable[[], int]) -> int:
+    """Runs `work`; what a user can mend is said in a few lines, without a traceback."""
+    try:
+        return work()
+    except FailedElsewhere as error:
+        return error.exit_code
+    except ShardtuneError as error:
+        return _failed(error)
+    except KeyboardInterrupt:
+        print("shardtune: interrupted", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if error.errno in STORAGE_ERRORS:
+            return _failed(StorageError(f"{error.filename or 'storage'}: {error.strerror}"))
+        raise
+
+
+def _failed(error: ShardtuneError) -> int:
+    # torchrun turns every failure into 1, so the code is also said.
+    print(f"shardtune: error (exit code {error.exit_code})\n{error}", file=sys.stderr, flush=True)
+    return error.exit_code
+
+
+def _config(options: argparse.Namespace) -> Config:
+    from shardtune.config_file import load_config
+
+    return load_config(options.config, options.overrides)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from shardtune.world import launched_ranks
+
+    if launched_ranks() is not None:  # started by torchrun or srun: this is a rank already
+        return _train_here(options)
+    config = _config(options)
+    ranks = options.ranks
+    if ranks is None:
+        ranks = 1 if config.strategy.kind == "single" and options.nodes == 1 else max(1, _visible_gpus())
+    if ranks < 1 or options.nodes < 1 or not 0 <= options.node_rank < options.nodes:
+        raise ConfigError("command line: --ranks and --nodes are 1 or more, --node-rank is below --nodes")
+    if options.nodes > 1 and options.rendezvous is None:
+        raise ConfigError("command line --rendezvous: several nodes need HOST:PORT of node 0")
+    _check_ranks(config, ranks * options.nodes)
+    if ranks * options.nodes == 1:
+        return _train_here(options, config)
+    from shardtune.assemble.data import check_model_path
+    from shardtune.spawn import spawn
+
+    check_model_path(config)
+    command = [sys.executable, "-m", "shardtune.cli", "--config", str(options.config), *options.overrides]
+    return spawn(command, ranks, options.nodes, options.node_rank, options.rendezvous)
+
+
+def _train_here(options: argparse.Namespace, config: Config | None = None) -> int:
+    """One rank, in this process."""
+    from shardtune.assemble.data import check_model_path, read_texts
+    from shardtune.run_folder import is_finished, set_aside
+    from shardtune.world import join_world, launched_rank, launched_ranks
+
+    try:
+        config = config or _config(options)
+        ranks, rank = launched_ranks() or 1, launched_rank()
+        _check_ranks(config, ranks)
+        check_model_path(config)
+    except ConfigError:
+        if launched_rank() == 0:
+            raise
+        return ConfigError.exit_code  # every rank finds the same; one says it
+    folder = Path(config.runs) / config.name
+    if config.checkpoint.resume == "auto" and is_finished(folder):
+        if rank == 0:
+            print(
+                f"{folder}: this run is finished; its result is in {folder / 'final'}.\n"
+                "Give checkpoint.resume=never to set it aside and start anew, or another name."
+            )
+        return 0
+    splits = read_texts(config) if ranks == 1 else None
+    world = join_world()
+    try:
+        if ranks > 1:
+            # After joining, so that all ranks leave with the same code if the data is wrong.
+            read: list[Any] = []
+            world.first_does("texts", lambda: read.append(read_texts(config)))
+            splits = read[0] if read else None
+        old = world.first_does("folder", lambda: _moved(set_aside(folder)))
+        if old and world.is_first:
+            print(f"{folder}: what was there is now in {old}", file=sys.stderr)
+
+        from shardtune.assemble.run import quiet_libraries, train_run
+
+        with quiet_libraries():
+            last_words = train_run(config, world, splits, sys.argv)
+        if world.is_first:
+            print(last_words, flush=True)
+    finally:
+        world.close()
+    return 0
+
+
+def _moved(path: Path | None) -> str | None:
+    return str(path) if path is not None else None
+
+
+def _check_ranks(config: Config, ranks: int) -> None:
+    if config.strategy.kind == "single" and ranks > 1:
+        raise ConfigError(
+            f"strategy.kind: single cannot use {ranks} ranks; start one process, or use ddp, fsdp2, zero1, zero2, zero3"
+        )
+
+
+def _visible_gpus() -> int:
+    """How many GPUs this process may use, without importing torch."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return len([device for device in chosen.split(",") if device.strip() not in ("", "-1")])
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    config = _config(options)
+    from shardtune.assemble.data import read_texts
+
+    splits = read_texts(config)
+    from shardtune.assemble.trained import evaluate
+
+    print(evaluate(config, splits, options.checkpoint, options.split))
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    if (options.text is None) == (options.input is None):
+        raise ConfigError("command line: give a TEXT or --input FILE.jsonl")
+    config = _config_of_run(options.folder)
+    from shardtune.assemble.data import read_sources
+
+    sources = [options.text] if options.text is not None else read_sources(config, options.input)
+    from shardtune.assemble.trained import generate
+
+    for line in generate(config, options.folder, sources, as_json=options.input is not None):
+        print(line, flush=True)
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    if options.out.exists():
+        raise ConfigError(f"command line --out: {options.out} is there already; name a new folder")
+    config = _config_of_run(options.folder)
+    from shardtune.assemble.trained import export
+
+    print(export(config, options.folder, options.out, options.merge))
+    return 0
+
+
+def _config_of_run(folder: Path) -> Config:
+    from shardtune.config_file import load_config
+
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"command line --run: {folder} is no run's folder (no config.yaml)")
+    if not (folder / "final").is_dir():
+        raise ConfigError(f"command line --run: {folder} has no final/; the run has not come to its end")
+    return load_config(folder / "config.yaml", [])
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from shardtune.doctor import examine
+
+    print(examine())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(train_as_rank(sys.argv[1:]))  # a rank that `shardtune train` spawned

@@ -1,0 +1,319 @@
+"""The config's types: every key, its default, its unit, and which combinations cannot work.
+
+The file format (YAML, overrides, errors with their lines) is in `config_file.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """A group of keys: unknown keys are refused, values are not coerced, nothing changes after reading."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class ModelConfig(Section):
+    """Which model, and how it computes."""
+
+    path: Annotated[str, Field(min_length=1)]
+    """Hub id, or local folder with a config.json."""
+    tokenizer: str | None = None
+    """null: the model's own; a path or hub id; or train:N, a byte-level BPE of N pieces trained on the
+    training texts."""
+    weights: Literal["pretrained", "random"] = "pretrained"
+    """pretrained, or random: the architecture of `path` with weights drawn from `seed`."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """What the model computes in; the trained (master) weights stay float32."""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
+    """Attention implementation of transformers; auto lets the architecture choose."""
+    recompute: Literal["none", "full"] = "none"
+    """full: activations are recomputed in the backward pass (activation checkpointing), saving memory."""
+    layers: list[Annotated[int, Field(ge=0)]] | None = None
+    """Indices of the layers to keep, in order (of the encoder and of the decoder alike); null: all."""
+    trust_remote_code: bool = False
+    """Run model code that comes with a hub repository."""
+
+
+class TaskSection(Section):
+    """Keys that every task has."""
+
+    prompt: str | None = None
+    """Template over the fields of a row, such as "Summarize: {document}", in place of the input field."""
+    max_source_tokens: Positive = 512
+    """Longest input, in tokens, special tokens included; longer ones are cut and keep their end token."""
+    truncation_side: Literal["right", "left"] = "right"
+    """Which end of a long input is cut off."""
+
+
+class Seq2SeqConfig(TaskSection):
+    """An encoder-decoder reads the source and writes the target."""
+
+    kind: Literal["seq2seq"]
+    source: str | None = None
+    """Field with the input text; dots reach inside: translation.de, answers.text.0."""
+    target: str
+    """Field with the text to write."""
+    max_target_tokens: Positive = 128
+    """Longest target, in tokens, its end token included."""
+
+
+class CausalConfig(TaskSection):
+    """A decoder continues the source with the target (loss on the target), or a text (loss on all)."""
+
+    kind: Literal["causal"]
+    source: str | None = None
+    """Field with the text to continue."""
+    target: str | None = None
+    """Field with the continuation; the loss is on it and its end token."""
+    text: str | None = None
+    """Field with a whole text, instead of source and target; the loss is on all of it."""
+    max_target_tokens: Positive = 128
+    """Longest target, in tokens, its end token included (a `text` is bounded by max_source_tokens)."""
+
+
+class ClassificationConfig(TaskSection):
+    """A classification head over the text; the labels are those of the training data."""
+
+    kind: Literal["classification"]
+    text: str | None = None
+    """Field with the text to classify."""
+    label: str
+    """Field with the label: a string, an integer or a boolean."""
+
+
+TaskConfig = Annotated[Seq2SeqConfig | CausalConfig | ClassificationConfig, Field(discriminator="kind")]
+
+
+class DataConfig(Section):
+    """Where the examples come from, and how they are batched."""
+
+    train: Annotated[str, Field(min_length=1)]
+    """File or glob (.jsonl .json .csv .parquet), a folder saved by `datasets`, a hub id
+    (owner/name[@config][:split]), or docs:python."""
+    validation: str | None = None
+    """Like `train`; null: a share of the training data (see `splits`)."""
+    test: str | None = None
+    """Like `train`; null: a share of the training data (see `splits`)."""
+    splits: Annotated[list[Share], Field(min_length=3, max_length=3)] = [0.8, 0.1, 0.1]
+    """Shares of train, validation and test, by a hash of each example's content; used when only `train`
+    is given."""
+    batching: Literal["padded", "grouped"] = "padded"
+    """padded: micro-batches in the step's order; grouped: examples of like length share a micro-batch."""
+    shuffle: bool = True
+    """A new order each epoch, drawn from `seed`. false: step k takes the next rows in file order."""
+
+
+class BatchConfig(Section):
+    """How many examples make one optimizer step, over all ranks."""
+
+    examples: Positive = 32
+    """Examples of one optimizer step, over all ranks and micro-batches."""
+    micro_examples: Positive = 8
+    """Examples that one rank computes at once."""
+
+
+class FullConfig(Section):
+    """All weights are trained."""
+
+    method: Literal["full"] = "full"
+
+
+class FreezeConfig(Section):
+    """Some of the weights are trained, the others stay as they are."""
+
+    method: Literal["freeze"]
+    layers: Annotated[int, Field(ge=0)] = 0
+    """How many layers, counted from the input (in the encoder and in the decoder each), stay frozen."""
+    embeddings: bool = True
+    """Freeze the input embeddings (and an output layer tied to them)."""
+    patterns: list[str] = []
+    """Regular expressions; parameters whose name one of them finds stay frozen."""
+
+
+class LoraConfig(Section):
+    """Low-rank adapters beside frozen linear layers (Hu et al. 2021, arXiv:2106.09685)."""
+
+    method: Literal["lora"]
+    rank: Positive = 16
+    """Rank of the update."""
+    alpha: Annotated[float, Field(gt=0)] = 32
+    """The update is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of the adapter's inputs dropped while training."""
+    targets: str | list[str] = "all-linear"
+    """all-linear (all but the output layer), a list of module name endings, or a regular expression."""
+
+
+TuningConfig = Annotated[FullConfig | FreezeConfig | LoraConfig, Field(discriminator="method")]
+
+
+class OptimizerConfig(Section):
+    """The update rule, its learning rate over the run, and clipping."""
+
+    name: Literal["adamw"] = "adamw"
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101)."""
+    lr: Annotated[float, Field(ge=0.0)] = 1e-4
+    """Peak learning rate."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """Decoupled weight decay; not on biases and norms."""
+    betas: Annotated[list[Annotated[float, Field(ge=0.0, lt=1.0)]], Field(min_length=2, max_length=2)] = [
+        0.9,
+        0.999,
+    ]
+    """Decay rates of the running means of the gradient and of its square."""
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    """Added to the denominator of the update."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """After warm-up: constant, or falling to zero at the last step along a line or a half cosine."""
+    warmup: Annotated[float, Field(ge=0.0)] = 0.03
+    """Linear rise from zero: a share of the steps below 1, a number of steps from 1 on."""
+    max_grad_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
+    """Gradients are scaled down to this norm, all of them together; null: no clipping."""
+
+
+class StrategyConfig(Section):
+    """How model, gradients and optimizer are spread over the ranks."""
+
+    kind: Literal["auto", "single", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "auto"
+    """auto: single on one rank; on several ddp where all of it fits one device, else fsdp2."""
+    offload: Literal["none"] = "none"
+    """Where parameters and optimizer rest while unused."""
+
+
+class DurationConfig(Section):
+    """How long to train: exactly one of the keys."""
+
+    epochs: Annotated[float, Field(gt=0.0)] | None = None
+    """Passes over the training data (1.5 is one and a half)."""
+    steps: Annotated[int, Field(ge=0)] | None = None
+    """Optimizer steps; 0 writes the result without training."""
+
+
+class CheckpointConfig(Section):
+    """Saving during the run. This version writes only the final result, and says so at the start."""
+
+    every: Positive = 500
+    """Steps between two checkpoints."""
+    keep: Positive = 3
+    """How many checkpoints are kept."""
+    background: bool = True
+    """Write while training goes on."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: a finished run says so and exits, an unfinished one starts over; never: the old folder is set
+    aside and the run starts anew."""
+
+
+MetricName = Literal["rouge", "bleu", "chrf", "exact_match", "accuracy", "macro_f1", "perplexity"]
+
+
+class EvaluationConfig(Section):
+    """When and how the model is judged."""
+
+    every: Positive = 500
+    """Steps between two evaluations; also at the end."""
+    examples: Positive = 200
+    """How many examples of a split are used: the first ones."""
+    metrics: list[MetricName] | None = None
+    """null: rouge for texts, accuracy and macro_f1 for classification, perplexity for a plain text."""
+    max_new_tokens: Positive = 64
+    """Longest text generated, in tokens."""
+    beams: Positive = 1
+    """Beam search width; 1 is greedy."""
+    baseline: bool = True
+    """Also evaluate before the first step."""
+
+
+class TrackingConfig(Section):
+    """Where the curves go."""
+
+    tensorboard: bool = True
+    """Write TensorBoard event files to the run's folder."""
+    wandb: Literal[False] = False
+    """Weights & Biases."""
+    mlflow: Literal[False] = False
+    """MLflow."""
+    every: Positive = 10
+    """Steps between two training lines; the first and the last step always have one."""
+
+
+class KernelsConfig(Section):
+    """Fused kernels."""
+
+    fused: Literal["auto", "off"] = "auto"
+    """auto: every fused op that this version has and that fits the model; off: none."""
+
+
+class Config(Section):
+    """One run: what is trained, on what, how, and for how long."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    """The run's folder is <runs>/<name>."""
+    runs: Annotated[str, Field(min_length=1)] = "runs"
+    """Parent folder of runs."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Decides the order of the examples, random weights and dropout."""
+    model: ModelConfig
+    task: TaskConfig
+    data: DataConfig
+    batch: BatchConfig = BatchConfig()
+    tuning: TuningConfig = FullConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    strategy: StrategyConfig = StrategyConfig()
+    duration: DurationConfig = DurationConfig(epochs=1)
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    kernels: KernelsConfig = KernelsConfig()
+
+
+def conflicts(config: Config) -> Iterator[tuple[str, str]]:
+    """Combinations of valid values that cannot work: pairs of (key, what is wrong with it)."""
+    task, model = config.task, config.model
+    inputs = {"seq2seq": ["source"], "causal": ["source", "text"], "classification": ["text"]}[task.kind]
+    given = [key for key in [*inputs, "prompt"] if getattr(task, key) is not None]
+    wanted = " or ".join(f"task.{key}" for key in [*inputs, "prompt"])
+    if len(given) != 1:
+        problem = "give one, not " + " and ".join(f"task.{key}" for key in given) if given else "none is given"
+        yield f"task.{given[-1]}" if given else "task", f"the input comes from exactly one of {wanted}; {problem}"
+    if isinstance(task, CausalConfig):
+        if task.text is not None and task.target is not None:
+            yield "task.target", "task.text already holds the whole text; leave task.target out"
+        if task.text is None and task.target is None:
+            yield "task", "task.target is missing (or give task.text: the loss is then on all of it)"
+    if config.data.validation is None and config.data.test is None and abs(sum(config.data.splits) - 1) > 1e-6:
+        yield "data.splits", f"the shares add up to {sum(config.data.splits):g}, not to 1"
+    if config.data.splits[0] == 0.0:
+        yield "data.splits", "the share of the training examples, the first, cannot be 0"
+    if (config.duration.epochs is None) == (config.duration.steps is None):
+        yield "duration", "give exactly one of duration.epochs and duration.steps"
+    if model.tokenizer and model.tokenizer.startswith("train:"):
+        pieces = model.tokenizer.removeprefix("train:")
+        if not pieces.isdigit() or int(pieces) < 300:
+            yield "model.tokenizer", "train:N needs a whole number N of pieces, at least 300 (256 are the bytes)"
+        if model.weights == "pretrained":
+            yield (
+                "model.tokenizer",
+                "a newly trained tokenizer does not fit pretrained weights; use model.weights: random",
+            )
+    if config.model.layers is not None and not config.model.layers:
+        yield "model.layers", "keep at least one layer, or leave the key out to keep all"
+    if config.evaluation.metrics is not None:
+        for_labels = {"accuracy", "macro_f1"}
+        for_texts = {"rouge", "bleu", "chrf", "exact_match"}
+        names = set(config.evaluation.metrics)
+        if task.kind == "classification" and names - for_labels - {"perplexity"}:
+            yield "evaluation.metrics", f"{', '.join(sorted(names - for_labels))}: classification has labels, no texts"
+        if task.kind != "classification" and names & for_labels:
+            yield "evaluation.metrics", f"{', '.join(sorted(names & for_labels))} need task.kind: classification"
+        if isinstance(task, CausalConfig) and task.text is not None and names & for_texts:
+            yield "evaluation.metrics", f"{', '.join(sorted(names & for_texts))} need a target; task.text has none"

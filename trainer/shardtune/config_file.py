@@ -1,0 +1,341 @@
+"""Reads a config file: YAML 1.2, overrides, and all errors at once with their lines and suggestions."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from shardtune.config import Config, conflicts
+from shardtune.errors import ConfigError
+
+COMMAND_LINE = "command line"
+
+# What other tools call our keys.
+ALIASES = {
+    "learning_rate": "optimizer.lr",
+    "adam_beta1": "optimizer.betas",
+    "adam_beta2": "optimizer.betas",
+    "adam_epsilon": "optimizer.eps",
+    "lr_scheduler_type": "optimizer.schedule",
+    "lr_scheduler": "optimizer.schedule",
+    "scheduler": "optimizer.schedule",
+    "warmup_ratio": "optimizer.warmup",
+    "warmup_steps": "optimizer.warmup",
+    "gradient_clipping": "optimizer.max_grad_norm",
+    "optim": "optimizer.name",
+    "per_device_train_batch_size": "batch.micro_examples",
+    "micro_batch_size": "batch.micro_examples",
+    "train_batch_size": "batch.examples",
+    "batch_size": "batch.examples",
+    "gradient_accumulation_steps": "batch.examples",
+    "global_batch_size": "batch.examples",
+    "num_train_epochs": "duration.epochs",
+    "num_epochs": "duration.epochs",
+    "max_steps": "duration.steps",
+    "model_name_or_path": "model.path",
+    "base_model": "model.path",
+    "model_name": "model.path",
+    "tokenizer_name": "model.tokenizer",
+    "tokenizer_name_or_path": "model.tokenizer",
+    "torch_dtype": "model.dtype",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "attn_implementation": "model.attention",
+    "flash_attention": "model.attention",
+    "flash_attn": "model.attention",
+    "gradient_checkpointing": "model.recompute",
+    "train_file": "data.train",
+    "train_files": "data.train",
+    "dataset": "data.train",
+    "datasets": "data.train",
+    "dataset_name": "data.train",
+    "validation_file": "data.validation",
+    "val_file": "data.validation",
+    "eval_dataset": "data.validation",
+    "test_file": "data.test",
+    "val_set_size": "data.splits",
+    "group_by_length": "data.batching",
+    "sample_packing": "data.batching",
+    "packing": "data.batching",
+    "max_source_length": "task.max_source_tokens",
+    "max_seq_length": "task.max_source_tokens",
+    "max_length": "task.max_source_tokens",
+    "cutoff_len": "task.max_source_tokens",
+    "sequence_len": "task.max_source_tokens",
+    "max_target_length": "task.max_target_tokens",
+    "text_column": "task.source",
+    "summary_column": "task.target",
+    "source_prefix": "task.prompt",
+    "lora_r": "tuning.rank",
+    "lora_rank": "tuning.rank",
+    "r": "tuning.rank",
+    "lora_alpha": "tuning.alpha",
+    "lora_dropout": "tuning.dropout",
+    "lora_target": "tuning.targets",
+    "target_modules": "tuning.targets",
+    "lora_target_modules": "tuning.targets",
+    "finetuning_type": "tuning.method",
+    "adapter": "tuning.method",
+    "peft": "tuning.method",
+    "output_dir": "runs",
+    "run_name": "name",
+    "deepspeed": "strategy.kind",
+    "fsdp": "strategy.kind",
+    "zero_stage": "strategy.kind",
+    "eval_steps": "evaluation.every",
+    "evaluation_strategy": "evaluation.every",
+    "eval_strategy": "evaluation.every",
+    "num_beams": "evaluation.beams",
+    "generation_max_length": "evaluation.max_new_tokens",
+    "max_eval_samples": "evaluation.examples",
+    "save_steps": "checkpoint.every",
+    "save_total_limit": "checkpoint.keep",
+    "resume_from_checkpoint": "checkpoint.resume",
+    "logging_steps": "tracking.every",
+    "report_to": "tracking.tensorboard",
+}
+
+# Keys and values that are planned: naming them is no typing error, so it deserves its own words.
+NOT_YET = {
+    "batch.tokens", "batch.micro_tokens", "duration.minutes", "task.messages",
+}  # fmt: skip
+
+
+class Yaml12Loader(yaml.SafeLoader):
+    """Scalars as people mean them (YAML 1.2, core schema): 1e-5 is a number, off and no are strings."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
+
+
+for _tag, _pattern, _first in [
+    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
+    ("int", r"^[-+]?[0-9]+$|^0o[0-7]+$|^0x[0-9a-fA-F]+$", "-+0123456789"),
+    (
+        "float",
+        r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$",
+        "-+.0123456789",
+    ),
+    ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("merge", r"^<<$", "<"),
+]:
+    Yaml12Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
+
+
+def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    text = node.value
+    return int(text, 8) if text.startswith("0o") else int(text, 16) if text.startswith("0x") else int(text)
+
+
+Yaml12Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+Yaml12Loader.add_constructor(
+    "tag:yaml.org,2002:float", lambda loader, node: float(node.value.replace(".inf", "inf").replace(".nan", "nan"))
+)
+
+
+@dataclass
+class Source:
+    """The values of a file and of the command line, and the place that each key was given at."""
+
+    file: str
+    values: dict[str, Any] = field(default_factory=dict)
+    places: dict[tuple[str, ...], str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def place(self, key: tuple[str, ...]) -> str:
+        """`FILE:LINE` of a key, or of the nearest section around it that was given."""
+        while key and key not in self.places:
+            key = key[:-1]
+        return self.places.get(key, f"{self.file}:1")
+
+
+def load_config(path: Path, overrides: list[str]) -> Config:
+    """The config of a YAML file with `key.path=value` overrides.
+
+    Raises ConfigError with one line for each problem: `FILE:LINE key: what is wrong; did you mean …`.
+    """
+    source = Source(str(path))
+    _read_file(path, source)
+    for override in overrides:
+        _apply_override(override, source)
+    config = None
+    try:
+        config = Config.model_validate(source.values)
+    except ValidationError as error:
+        for detail in error.errors(include_url=False):
+            _explain(detail, source)
+    if config is not None:
+        for key, problem in conflicts(config):
+            source.problems.append(f"{source.place(tuple(key.split('.')))} {key}: {problem}")
+    if config is None or source.problems:
+        raise ConfigError("\n".join(source.problems))
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML that `load_config` reads back to the same config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _read_file(path: Path, source: Source) -> None:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], 1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise ConfigError(f"{path}: there is no such config file{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+    try:
+        loader = Yaml12Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return
+        if not isinstance(node, yaml.MappingNode):
+            raise ConfigError(f"{path}:1: a config is a mapping of keys to values")
+        _note_places(node, (), source)
+        source.values = loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: not valid YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+
+
+def _note_places(node: yaml.Node, key: tuple[str, ...], source: Source) -> None:
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key_node, value_node in node.value:
+            inner = (*key, str(key_node.value))
+            line = key_node.start_mark.line + 1
+            if inner[-1] in seen:
+                source.problems.append(f"{source.file}:{line} {'.'.join(inner)}: this key is given twice")
+            seen.add(inner[-1])
+            source.places[inner] = f"{source.file}:{line}"
+            _note_places(value_node, inner, source)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            source.places[(*key, str(index))] = f"{source.file}:{item.start_mark.line + 1}"
+            _note_places(item, (*key, str(index)), source)
+
+
+def _apply_override(override: str, source: Source) -> None:
+    key, equals, text = override.partition("=")
+    path = tuple(key.split("."))
+    if not equals or not all(path):
+        source.problems.append(f"{COMMAND_LINE} {override}: an override has the form key.path=value")
+        return
+    try:
+        value = yaml.load(text, Yaml12Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        source.problems.append(f"{COMMAND_LINE} {key}: the value is not valid YAML: {error}")
+        return
+    section = source.values
+    for name in path[:-1]:
+        inner = section.get(name)
+        if not isinstance(inner, dict):
+            inner = section[name] = {}
+        section = inner
+    # Choosing another kind, method or length replaces the old choice instead of standing beside it.
+    if path[0] == "duration" and len(path) == 2:
+        section.clear()
+    section[path[-1]] = value
+    for known in [known for known in source.places if known[: len(path)] == path]:
+        del source.places[known]
+    source.places[path] = COMMAND_LINE
+
+
+def _explain(detail: ErrorDetails, source: Source) -> None:
+    key = _without_tags(detail["loc"])
+    place, name = source.place(key), ".".join(key) or "config"
+    kind, given = detail["type"], detail["input"]
+    context = detail.get("ctx", {})
+    if kind == "extra_forbidden":
+        message = _unknown_key(key, source)
+    elif kind == "missing":
+        message = "is missing"
+    elif kind == "union_tag_not_found":
+        name += "." + context["discriminator"].strip("'")
+        message = "is missing"
+    elif kind == "union_tag_invalid":
+        tag = context["discriminator"].strip("'")
+        key, name = (*key, tag), f"{name}.{tag}"
+        place = source.place(key)
+        message = _not_one_of(context["tag"], re.findall(r"'([^']*)'", context["expected_tags"]))
+    elif kind == "literal_error":
+        message = _not_one_of(given, re.findall(r"'([^']*)'|\b(True|False)\b", context["expected"]))
+    elif kind in {"model_type", "model_attributes_type", "dict_type"}:
+        message = f"expects a section of keys, not {_show(given)}"
+    else:
+        message = f"{detail['msg'][0].lower()}{detail['msg'][1:]}, not {_show(given)}"
+        message = message.replace("input should be", "should be").replace("a valid ", "a ")
+    problem = f"{place} {name}: {message}"
+    if problem not in source.problems:
+        source.problems.append(problem)
+
+
+def _show(value: object) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def _not_one_of(given: object, allowed: list[Any]) -> str:
+    names = [a if isinstance(a, str) else (a[0] or a[1].lower()) for a in allowed]
+    near = difflib.get_close_matches(str(given), names, 1, 0.5)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"{_show(given)} is not one of {', '.join(names)}{hint}"
+
+
+def _without_tags(location: tuple[int | str, ...]) -> tuple[str, ...]:
+    """pydantic puts the value of a discriminator into the location; keys of the file do not have it."""
+    parts = [str(part) for part in location]
+    if len(parts) > 1 and parts[0] in {"task", "tuning"}:
+        del parts[1]
+    return tuple(parts)
+
+
+def _unknown_key(key: tuple[str, ...], source: Source) -> str:
+    name = ".".join(key)
+    if name in NOT_YET:
+        return "this version does not have this key yet; leave it out"
+    section: Any = source.values
+    for part in key[:-1]:
+        section = section.get(part) if isinstance(section, dict) else None
+    known = keys_of(Config, source.values)
+    siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == ".".join(key[:-1])]
+    here = difflib.get_close_matches(key[-1], siblings, 1, 0.75)
+    alias = ALIASES.get(key[-1])
+    if here:
+        return f"unknown key; did you mean {'.'.join((*key[:-1], here[0]))}?"
+    if alias:
+        return f"unknown key; did you mean {alias}?"
+    elsewhere = [k for k in known if k.rpartition(".")[2] == key[-1]]
+    near = elsewhere[:1] or [
+        k for n in difflib.get_close_matches(key[-1], siblings, 1, 0.5) for k in [".".join((*key[:-1], n))]
+    ]
+    if near:
+        return f"unknown key; did you mean {near[0]}?"
+    return f"unknown key; known here: {', '.join(siblings) or 'none'}"
+
+
+def keys_of(model: type[BaseModel], values: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of all keys below `model`; of a section with variants, those of the one chosen."""
+    found = []
+    for name, info in model.model_fields.items():
+        found.append(prefix + name)
+        chosen = info.annotation
+        given = values.get(name) if isinstance(values, dict) else None
+        if info.discriminator:
+            tag = given.get(info.discriminator) if isinstance(given, dict) else None
+            variants = [v for v in getattr(chosen, "__args__", ()) if issubclass(v, BaseModel)]
+            matching = [v for v in variants if tag in v.model_fields[str(info.discriminator)].annotation.__args__]
+            chosen = (matching or variants)[0]
+        if isinstance(chosen, type) and issubclass(chosen, BaseModel):
+            found += keys_of(chosen, given if isinstance(given, dict) else {}, f"{prefix}{name}.")
+    return found

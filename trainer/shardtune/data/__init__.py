@@ -1,0 +1,7 @@
+"""From the user's data to token ids on disk.
+
+`sources` reads rows from files (`files`), saved dataset folders and the hub (`saved`) and the documentation
+of the installed Python packages (`docs`); `fields` turns rows into texts; `splits` decides which examples are
+for training, validation and test; `tables` keeps their token ids in memory-mapped files. Nothing here imports
+torch, so that wrong data is refused at once.
+"""

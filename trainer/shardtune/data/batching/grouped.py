@@ -1,0 +1,21 @@
+"""Examples of like length share a micro-batch, so that less of it is padding."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardtune.data.batching.padded import deal
+
+
+class Grouped:
+    """Implements the Batching protocol.
+
+    Sorting happens within a step: which examples make a step stays as it is. Ranks get neighbours in the order, so
+    they compute on like lengths at the same time.
+    """
+
+    def layout(self, lengths: NDArray[np.int64], ranks: int, micro_examples: int) -> list[list[NDArray[np.int64]]]:
+        """Longest first (a step that does not fit in memory fails at once), by source and then target length."""
+        longest_first = np.lexsort((-lengths[:, 1], -lengths[:, 0]))
+        return deal(longest_first, ranks, micro_examples)

@@ -1,0 +1,176 @@
+"""From rows to texts: which fields hold the source and the target, and what is wrong where they do not."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from shardtune.data.sources import Row
+from shardtune.errors import ConfigError, DataError
+from shardtune.protocols import Text
+
+Dropped: TypeAlias = "Counter[str]"
+"""How many rows were left out, by reason."""
+
+EMPTY_SOURCE = "empty source"
+EMPTY_TARGET = "empty target"
+
+_ABSENT = object()
+_NAMES_SHOWN = 12
+_KINDS = {
+    str: "a string",
+    int: "a number",
+    float: "a number",
+    bool: "a boolean",
+    list: "a list",
+    dict: "an object",
+    bytes: "bytes",
+}
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Which fields of a row make an example.
+
+    Names may reach inside with dots: translation.de, answers.text.0; a field whose name itself holds the dots
+    comes first.
+    """
+
+    input: str | None
+    """The field with the source; None where `prompt` makes it."""
+    prompt: str | None
+    """Template over the fields, such as "Summarize: {document}"; {{ and }} are braces. None: see `input`."""
+    target: str | None
+    """The field with the target or the label; None where the source holds all."""
+
+
+def texts(rows: Iterable[Row], fields: Fields, labels: bool, dropped: Dropped) -> Iterator[Text]:
+    """The text of each row, as it stands: nothing is stripped.
+
+    Rows whose source or target is blank are left out and counted in `dropped`. With `labels` the target is a
+    class name. Numbers become their decimal form, booleans `true` and `false`. Raises DataError, with place
+    and field, where a field is absent or holds no text, and ConfigError where the template is malformed.
+    """
+    if fields.prompt is not None:
+        template = parse_template(fields.prompt)
+    elif fields.input is not None:
+        template = [("", fields.input)]
+    else:
+        raise ConfigError("the source needs a field or a prompt")
+    for row in rows:
+        parts = [(before, None if name is None else _text(row, name)) for before, name in template]
+        if not any(value and not value.isspace() for _, value in parts):
+            dropped[EMPTY_SOURCE] += 1
+            continue
+        target = "" if fields.target is None else _text(row, fields.target, label=labels)
+        if fields.target is not None and not target.strip():
+            dropped[EMPTY_TARGET] += 1
+            continue
+        yield Text(row.place, "".join(before + (value or "") for before, value in parts), target)
+
+
+def parse_template(prompt: str) -> list[tuple[str, str | None]]:
+    """The template as pairs of literal text and the field's name that follows it (None at the end).
+
+    Only names stand between the braces: no attributes, indices, conversions or format specifications as in
+    str.format, which would let a config reach into the program's objects. Raises ConfigError for a brace
+    without its partner and for a template that names no field.
+    """
+    parts: list[tuple[str, str | None]] = []
+    literal = ""
+    for token in re.findall(r"\{\{|\}\}|\{[^{}]*\}|[{}]|[^{}]+", prompt):
+        if token in ("{{", "}}"):
+            literal += token[0]
+        elif token in ("{", "}"):
+            raise ConfigError(f"task.prompt: a single {token} in {prompt!r}; write {token * 2} for the character")
+        elif token.startswith("{"):
+            if not token[1:-1].strip():
+                raise ConfigError(f"task.prompt: {token} in {prompt!r} names no field")
+            parts.append((literal, token[1:-1].strip()))
+            literal = ""
+        else:
+            literal += token
+    if not parts:
+        raise ConfigError(f"task.prompt: {prompt!r} names no field; write {{field}} where its text goes")
+    return [*parts, (literal, None)]
+
+
+def _text(row: Row, name: str, label: bool = False) -> str:
+    value = _reach(row.fields, name.split("."))
+    where = f"{row.place} field `{name}`"
+    if value is _ABSENT:
+        raise DataError(f"{where}: absent; {_present(row.fields, name)}")
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float) and not (isinstance(value, float) and math.isnan(value)):
+        return str(value)
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            # JSON can spell half of a surrogate pair; no tokenizer can read it.
+            problem = f"character {error.start} is half of a surrogate pair (\\u{ord(value[error.start]):04x})"
+            raise DataError(f"{where}: not valid text: {problem}") from error
+        return value
+    wanted = "a string, a number or a boolean" if label else "a text"
+    raise DataError(f"{where}: {_kind(value)}, not {wanted}{_inside(name, value)}")
+
+
+def _reach(value: Any, steps: Sequence[str]) -> Any:
+    """The value that `steps` lead to, or _ABSENT. A key may hold dots, so longer keys are tried first."""
+    if not steps:
+        return value
+    if isinstance(value, dict):
+        for count in range(len(steps), 0, -1):
+            key = ".".join(steps[:count])
+            if key in value:
+                found = _reach(value[key], steps[count:])
+                if found is not _ABSENT:
+                    return found
+    elif isinstance(value, list) and steps[0].isdecimal() and int(steps[0]) < len(value):
+        return _reach(value[int(steps[0])], steps[1:])
+    return _ABSENT
+
+
+def _present(fields: dict[str, Any], name: str) -> str:
+    """What there is instead of the field `name`, as far as its first steps lead somewhere."""
+    steps = name.split(".")
+    holder, reached = fields, ""
+    for count in range(len(steps) - 1, 0, -1):
+        inside = _reach(fields, steps[:count])
+        if inside is not _ABSENT:
+            holder, reached = inside, ".".join(steps[:count])
+            break
+    subject = f"`{reached}`" if reached else "the row"
+    if isinstance(holder, list):
+        return f"{subject} is a list of {len(holder)}"
+    if not isinstance(holder, dict):
+        return f"{subject} is {_kind(holder)}"
+    names = [str(key) for key in holder]
+    shown = ", ".join(names[:_NAMES_SHOWN]) + (", …" if len(names) > _NAMES_SHOWN else "")
+    # Every name a dot can lead to, one level deep: `de` for `translation.de` is a common slip.
+    prefix = f"{reached}." if reached else ""
+    reachable = [prefix + key for key in names]
+    reachable += [f"{prefix}{key}.{sub}" for key, value in holder.items() if isinstance(value, dict) for sub in value]
+    near = difflib.get_close_matches(name, reachable, 1) or [key for key in reachable if key.endswith(f".{name}")]
+    hint = f"; did you mean `{near[0]}`?" if near else ""
+    return f"{subject} has: {shown or 'nothing'}{hint}"
+
+
+def _kind(value: object) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, float) and math.isnan(value):
+        return "not a number (NaN)"
+    return _KINDS.get(type(value), f"a {type(value).__name__}")
+
+
+def _inside(name: str, value: object) -> str:
+    """How to reach a text inside a list or an object."""
+    inner = [str(key) for key in value] if isinstance(value, dict) else ["0"] if isinstance(value, list) else []
+    return f"; a dot reaches inside, as in `{name}.{inner[0]}`" if inner else ""

@@ -1,0 +1,90 @@
+"""What `data.train`, `data.validation` and `data.test` can name, and the rows found there."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+from collections.abc import Iterator
+from pathlib import Path
+
+from shardtune.data.docs import python_docs
+from shardtune.data.files import READERS, Row, read_file
+from shardtune.data.saved import HUB_ID, is_saved, read_hub, read_saved
+from shardtune.errors import DataError
+
+__all__ = ["DOCS", "Row", "rows"]
+
+DOCS = "docs:python"
+"""The built-in corpus: documentation and summaries of the installed Python packages."""
+
+
+def rows(spec: str, split: str) -> Iterator[Row]:
+    """The rows of a source, in a fixed order.
+
+    `spec`: a file or a glob (its files in sorted order), a folder saved by `datasets`, optionally with
+    `:split`, a hub id owner/name[@config][:split], or docs:python. `split`: which split of a dataset that has
+    several, unless `spec` names one. Raises DataError, naming the place, for all that is missing or wrong.
+    """
+    if spec == DOCS:
+        for pair in python_docs():
+            yield Row(f"{DOCS}:{pair.place}", pair.fields())
+        return
+    if spec.startswith("docs:"):
+        raise DataError(f"{spec}: unknown; the built-in corpus is {DOCS}")
+    try:
+        yield from _stored(spec, split)
+    except OSError as error:  # a name too long, a folder that may not be listed
+        raise DataError(f"{spec}: cannot be read: {error.strerror or error}") from error
+
+
+def _stored(spec: str, split: str) -> Iterator[Row]:
+    path = Path(spec).expanduser()
+    folder, _, named = spec.rpartition(":")
+    if path.is_dir():
+        yield from _folder(path, split, named=False)
+    elif path.exists():
+        yield from read_file(path)
+    elif glob.has_magic(spec):
+        for file in _matches(path):
+            yield from read_file(file)
+    elif folder and Path(folder).expanduser().is_dir():
+        yield from _folder(Path(folder).expanduser(), named, named=True)
+    elif _is_hub_id(spec, path):
+        yield from read_hub(spec, split)
+    else:
+        raise DataError(_missing(path))
+
+
+def _folder(folder: Path, split: str, named: bool) -> Iterator[Row]:
+    if not is_saved(folder):
+        raise DataError(
+            f"{folder}: a folder, but not saved by `datasets` (no state.json or dataset_dict.json in it); "
+            f"for the files in it give a glob such as {folder}/*.jsonl"
+        )
+    yield from read_saved(folder, split, named)
+
+
+def _matches(pattern: Path) -> list[Path]:
+    found = sorted(Path(name) for name in glob.glob(str(pattern), recursive=True))
+    files = [path for path in found if path.is_file()]
+    if not files:
+        raise DataError(f"{pattern}: no file matches")
+    return files
+
+
+def _is_hub_id(spec: str, path: Path) -> bool:
+    """A path that does not exist is a hub id if it has that form and is not rather a mistyped file."""
+    return HUB_ID.fullmatch(spec) is not None and path.suffix.lower() not in READERS and not _near(path)
+
+
+def _near(path: Path) -> list[str]:
+    names = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
+    return difflib.get_close_matches(path.name, names, 1)
+
+
+def _missing(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"{path}: no such file; the folder {path.parent} does not exist"
+    near = _near(path)
+    hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+    return f"{path}: no such file{hint}"

@@ -1,0 +1,161 @@
+"""Training, validation and test examples: given by the user, or divided by a hash of each source."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from shardtune.data.fields import Dropped, Fields, texts
+from shardtune.data.sources import DOCS, Row, rows
+from shardtune.errors import DataError
+from shardtune.protocols import Text
+
+NAMES = ("train", "validation", "test")
+DUPLICATE = "duplicate"
+UNKNOWN_LABEL = "label not in train"
+
+_LABELS_SHOWN = 20
+
+
+@dataclass
+class Splits:
+    """The examples of a run, in the order of the data."""
+
+    train: list[Text]
+    validation: list[Text]
+    test: list[Text]
+    dropped: dict[str, int]
+    """How many rows were left out, by reason; and, as notes, how many examples of a given validation or test
+    source also stand in train (these are kept)."""
+    fingerprint: str
+    """SHA-256, in hex, of all sources and targets in order with their splits."""
+
+
+def read_splits(
+    train: str,
+    validation: str | None,
+    test: str | None,
+    shares: Sequence[float],
+    fields: Fields,
+    labels: bool,
+) -> Splits:
+    """Reads all data of a run.
+
+    Where only `train` is given, its examples are divided by `shares` (of train, validation, test): a hash of
+    the source decides, so adding, removing or reordering rows moves no other example, and one source never
+    stands in two splits. Otherwise the sources are used as they are, and the one not given is empty. With
+    `labels`, targets are classes, and those of train are all there are.
+
+    Raises DataError where data is missing or wrong, no training example is left, or a given validation or
+    test source has a label that train has not; ConfigError where the prompt is malformed.
+    """
+    dropped: Dropped = Counter()
+    everything, read = _read(train, "train", fields, labels, dropped)
+    if validation is None and test is None:
+        parts = divide(everything, shares)
+        if labels:
+            _drop_unknown_labels(parts, dropped)
+    else:
+        parts = {"train": everything, "validation": [], "test": []}
+    if not parts["train"]:
+        raise DataError(_nothing_left(train, read, len(everything), dropped))
+    for split, source in (("validation", validation), ("test", test)):
+        if source is not None:
+            parts[split], _ = _read(source, split, fields, labels, dropped)
+            if labels:
+                _check_labels(parts, split, fields.target)
+            repeated = len(parts[split]) - len(_without(parts[split], _contents(parts["train"])))
+            if repeated:
+                dropped[f"{split} examples also in train"] += repeated
+    return Splits(**parts, dropped=dict(dropped), fingerprint=_fingerprint(parts))
+
+
+def divide(examples: Iterable[Text], shares: Sequence[float]) -> dict[str, list[Text]]:
+    """The examples of each split, by a hash of their sources; `shares` are of train, validation and test."""
+    edges = list(accumulate(shares))
+    parts: dict[str, list[Text]] = {name: [] for name in NAMES}
+    for example in examples:
+        digest = hashlib.blake2b(example.source.encode("utf-8"), digest_size=8).digest()
+        point = int.from_bytes(digest, "big") / 2**64 * edges[-1]
+        # The product can round up to the last edge; that example belongs to the last share that is not zero.
+        last = max(index for index, share in enumerate(shares) if share > 0)
+        index = next((index for index, edge in enumerate(edges) if point < edge), last)
+        parts[NAMES[index]].append(example)
+    return parts
+
+
+def _read(source: str, split: str, fields: Fields, labels: bool, dropped: Dropped) -> tuple[list[Text], int]:
+    """The examples, and how many rows they were."""
+    read = 0
+
+    def counted() -> Iterator[Row]:
+        nonlocal read
+        for row in rows(source, split):
+            read += 1
+            yield row
+
+    found = list(texts(counted(), fields, labels, dropped))
+    if source == DOCS:  # users repeat rows of their own files on purpose, as a weight
+        unique = list({_content(example): example for example in reversed(found)}.values())[::-1]
+        if len(unique) < len(found):
+            dropped[DUPLICATE] += len(found) - len(unique)
+        found = unique
+    return found, read
+
+
+def _drop_unknown_labels(parts: dict[str, list[Text]], dropped: Dropped) -> None:
+    """A rare class may have all its examples outside train by chance, which is no fault of the data."""
+    known = {example.target for example in parts["train"]}
+    for split in ("validation", "test"):
+        kept = [example for example in parts[split] if example.target in known]
+        if len(kept) < len(parts[split]):
+            dropped[UNKNOWN_LABEL] += len(parts[split]) - len(kept)
+        parts[split] = kept
+
+
+def _check_labels(parts: dict[str, list[Text]], split: str, field: str | None) -> None:
+    known = {example.target for example in parts["train"]}
+    for example in parts[split]:
+        if example.target not in known:
+            shown = sorted(known)[:_LABELS_SHOWN]
+            more = ", …" if len(known) > len(shown) else ""
+            raise DataError(
+                f"{example.place} field `{field}`: the label {example.target!r} is not in the training data; "
+                f"known are: {', '.join(shown)}{more}"
+            )
+
+
+def _nothing_left(source: str, read: int, kept: int, dropped: Dropped) -> str:
+    reasons = [f"{reason}: {count}" for reason, count in sorted(dropped.items())]
+    if kept:
+        reasons.append(f"in validation or test by data.splits: {kept}")
+    return f"{source}: no training example is left of {read} rows read ({', '.join(reasons)})"
+
+
+def _content(example: Text) -> bytes:
+    """A digest of source and target, smaller to remember than they are."""
+    digest = hashlib.blake2b(digest_size=16)
+    for text in (example.source, example.target):
+        encoded = text.encode("utf-8")
+        digest.update(len(encoded).to_bytes(8, "big") + encoded)
+    return digest.digest()
+
+
+def _contents(examples: Iterable[Text]) -> set[bytes]:
+    return {_content(example) for example in examples}
+
+
+def _without(examples: Iterable[Text], contents: set[bytes]) -> list[Text]:
+    return [example for example in examples if _content(example) not in contents]
+
+
+def _fingerprint(parts: dict[str, list[Text]]) -> str:
+    digest = hashlib.sha256()
+    for name in NAMES:
+        digest.update(f"{name} {len(parts[name])}\n".encode())
+        for example in parts[name]:
+            digest.update(_content(example))
+    return digest.hexdigest()

@@ -1,0 +1,57 @@
+"""Micro-batches for this rank, step after step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardtune.data.order import Order
+from shardtune.data.tables import TokenTable
+from shardtune.protocols import Batch, Batching, Tokens
+
+
+class Step(NamedTuple):
+    """One optimizer step: which examples, and this rank's part of them."""
+
+    examples: NDArray[np.int64]
+    """Positions in the training data, over all ranks."""
+    micro_batches: list[Batch]
+    """As many on every rank; one without examples is blank."""
+
+
+class Steps:
+    """Lays out the examples of any step for one rank."""
+
+    def __init__(
+        self,
+        table: TokenTable,
+        order: Order,
+        batching: Batching,
+        collate: Callable[[Sequence[Tokens]], Batch],
+        rank: int,
+        ranks: int,
+        micro_examples: int,
+    ) -> None:
+        self.order = order
+        self._table = table
+        self._batching = batching
+        self._collate = collate
+        self._rank = rank
+        self._ranks = ranks
+        self._micro_examples = micro_examples
+
+    def at(self, epoch: int, cursor: int) -> Step:
+        """The step that begins at example `cursor` of the epoch's order."""
+        examples = self.order.take(epoch, cursor)
+        lengths = self._table.lengths[examples]
+        layout = self._batching.layout(lengths, self._ranks, self._micro_examples)
+        return Step(examples, [self._batch(examples, positions) for positions in layout[self._rank]])
+
+    def _batch(self, examples: NDArray[np.int64], positions: NDArray[np.int64]) -> Batch:
+        if len(positions):
+            return self._collate([self._table[int(examples[position])] for position in positions])
+        # Sharded models compute together, so a rank without examples computes on something that does not count.
+        return self._collate([self._table[int(examples[0])]]).blank()

@@ -1,0 +1,80 @@
+"""The training loop: what one optimizer step is, on one page."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from shardtune.data.steps import Steps
+from shardtune.errors import NumbersError
+from shardtune.protocols import Strategy, Task
+from shardtune.state import TrainingState
+from shardtune.world import World
+
+
+class StepReport(NamedTuple):
+    """What one step was, over all ranks."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    padding_share: float
+    seconds: float
+    data_seconds: float
+
+
+def train(
+    state: TrainingState,
+    total_steps: int,
+    steps: Steps,
+    task: Task,
+    strategy: Strategy,
+    world: World,
+    learning_rate: Callable[[int], float],
+    clip_scale: Callable[[float], float],
+    after_step: Callable[[StepReport], None],
+) -> None:
+    """Trains from `state` to `total_steps` optimizer steps; `after_step` logs and evaluates when that is due.
+
+    A step's loss is the sum over all its targets, on all ranks and in all micro-batches, divided by their number;
+    they are counted before the backward pass, so that gradients do not depend on the layout.
+    Raises NumbersError before a step whose loss or gradient is not finite.
+    """
+    while state.step < total_steps:
+        begun = time.perf_counter()
+        step = steps.at(state.epoch, state.cursor)
+        counts = [[float(b.targets), float(b.tokens), float(b.slots)] for b in step.micro_batches]
+        waited = time.perf_counter() - begun
+        targets, tokens, slots = world.sum([sum(column) for column in zip(*counts, strict=True)])
+
+        loss_sum = torch.zeros((), device=world.device)
+        for index, micro_batch in enumerate(step.micro_batches):
+            with strategy.forward(last=index == len(step.micro_batches) - 1):
+                loss = task.loss_sum(strategy.model, micro_batch.to(world.device)) / targets
+            strategy.backward(loss)
+            loss_sum += loss.detach()
+
+        loss, grad_norm = world.sum([float(loss_sum)])[0], strategy.grad_norm()
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise NumbersError(
+                f"step {state.step + 1}: loss {loss}, gradient norm {grad_norm}: not finite; the step was not taken. "
+                f"Its examples are rows {', '.join(map(str, step.examples[:16]))}{' …' * (len(step.examples) > 16)} "
+                "of the training data; a lower optimizer.lr or model.dtype=float32 may help"
+            )
+        lr = learning_rate(state.step)
+        strategy.step(lr, clip_scale(grad_norm))
+
+        state.step += 1
+        state.cursor += len(step.examples)
+        if state.cursor == steps.order.examples:
+            state.epoch, state.cursor = state.epoch + 1, 0
+        state.examples += len(step.examples)
+        state.tokens += int(tokens)
+        state.target_tokens += int(targets)
+        seconds = time.perf_counter() - begun
+        after_step(StepReport(loss, grad_norm, lr, int(tokens), 1 - tokens / slots, seconds, waited))

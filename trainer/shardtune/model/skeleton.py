@@ -1,0 +1,198 @@
+"""A model without its weights: the right class for the task, parameters on the meta device, buffers in place."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.initialization import no_init_weights
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
+
+from shardtune.errors import ConfigError
+from shardtune.model.initialization import Recorder
+from shardtune.model.safetensors_files import Entry, open_files
+from shardtune.model.weights import InitialWeights, entries_by_parameter, find_files
+
+AUTO_CLASSES = {
+    "seq2seq": AutoModelForSeq2SeqLM,
+    "causal": AutoModelForCausalLM,
+    "classification": AutoModelForSequenceClassification,
+}
+LAYER_COUNTS = (
+    "num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers",
+)  # fmt: skip
+
+
+@dataclass
+class Skeleton:
+    """A model on the meta device, and all that is needed to fill it."""
+
+    model: PreTrainedModel
+    recorder: Recorder
+    entries: dict[str, Entry]
+    """The files' tensors by parameter name; empty for random weights."""
+    new_parameters: list[str]
+    """Parameters that pretrained files do not have: a new head."""
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The floating dtype that most of the files' bytes have; float32 for random weights."""
+        sizes: dict[torch.dtype, int] = {}
+        for entry in self.entries.values():
+            if entry.dtype.is_floating_point:
+                sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.dtype.itemsize * torch.Size(entry.shape).numel()
+        return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
+
+    def weights(self, tuned: nn.Module, seed: int, compute_dtype: torch.dtype) -> InitialWeights:
+        """The initial values of `tuned`, which is `model` after a tuning method was applied to it."""
+        return InitialWeights(tuned, self.recorder, self.entries, seed, compute_dtype)
+
+
+def load_architecture(path: str, task: str, trust_remote_code: bool) -> PreTrainedConfig:
+    """The architecture's config of a folder or hub id.
+
+    Raises ConfigError where there is none, or where the model cannot do the task, with what would fit.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"model.path {path}: no model can be loaded from there: {reason}") from None
+    kinds = _tasks_of(config)
+    if task not in kinds and not trust_remote_code:
+        fits = f"it fits task.kind: {' or '.join(kinds)}" if kinds else "it fits no task here"
+        families = {
+            "seq2seq": "an encoder-decoder such as t5 or bart",
+            "causal": "a decoder such as llama, qwen3, mistral or gpt2",
+            "classification": "bert, distilbert, roberta or a decoder",
+        }
+        raise ConfigError(
+            f"model.path {path}: a {config.model_type} model does not fit task.kind: {task}; {fits}. "
+            f"For {task} take {families[task]}"
+        )
+    return config
+
+
+def _tasks_of(config: PreTrainedConfig) -> list[str]:
+    kind = config.model_type
+    both = bool(getattr(config, "is_encoder_decoder", False))
+    encoder_only = kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES and _is_bidirectional(config)
+    tasks = []
+    if both and kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+        tasks.append("seq2seq")
+    if not both and not encoder_only and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        tasks.append("causal")
+    if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+        tasks.append("classification")
+    return tasks
+
+
+def _is_bidirectional(config: PreTrainedConfig) -> bool:
+    """Encoders that also have a causal head in transformers (bert, roberta) say so by `is_decoder`."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+
+
+def keep_layers(config: PreTrainedConfig, layers: list[int]) -> None:
+    """Lowers the config's layer counts to the layers kept.
+
+    Raises ConfigError where a layer does not exist.
+    """
+    known = config.to_dict()
+    counts = {name: known[name] for name in LAYER_COUNTS if isinstance(known.get(name), int)}
+    shortest = min(counts.values())
+    wrong = [layer for layer in layers if layer >= shortest]
+    if wrong:
+        raise ConfigError(f"model.layers: {wrong[0]} is not there; the model has layers 0 to {shortest - 1}")
+    if known.get("relative_attention_num_buckets") and layers[0] != 0:
+        raise ConfigError("model.layers: must begin with 0, which holds the position biases of all layers")
+    for name, value in known.items():
+        if isinstance(value, list) and len(value) == shortest and name == "layer_types":
+            setattr(config, name, [value[layer] for layer in layers])
+    for name in counts:
+        setattr(config, name, len(layers))
+
+
+def build_skeleton(
+    config: PreTrainedConfig,
+    path: str,
+    task: str,
+    pretrained: bool,
+    attention: str,
+    layers: list[int] | None,
+    trust_remote_code: bool,
+) -> Skeleton:
+    """Builds the model class of the task from `config` and finds its weights.
+
+    Raises ConfigError where the attention is not available or the files do not fit the model.
+    """
+    arguments: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
+    if layers is not None:
+        keep_layers(config, layers)
+    try:
+        # Parameters are replaced by meta ones as modules register them; buffers (rotary frequencies) keep values.
+        with init_empty_weights(include_buffers=False), no_init_weights():
+            model: PreTrainedModel = AUTO_CLASSES[task].from_config(
+                config, dtype=torch.float32, trust_remote_code=trust_remote_code, **arguments
+            )
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"model {path}: {str(error).strip().splitlines()[0]}") from None
+    model.tie_weights()
+    recorder = Recorder()
+    try:
+        with recorder:
+            model.initialize_weights()
+    except NotImplementedError as error:
+        raise ConfigError(f"model {path}: {error}") from None
+    recorder.name_parameters(model)
+    entries: dict[str, Entry] = {}
+    if pretrained:
+        folder = _weights_folder(path)
+        entries = entries_by_parameter(model, open_files(find_files(folder)), layers, str(folder))
+        with contextlib.suppress(OSError, ValueError):  # absent in many folders
+            model.generation_config = GenerationConfig.from_pretrained(path)
+        _fill_buffers(model, entries)
+    missing = [name for name, _ in model.named_parameters() if name not in entries] if pretrained else []
+    if missing and task != "classification":
+        raise ConfigError(
+            f"model.path {path}: its files lack {len(missing)} of the model's parameters, such as {missing[0]}"
+        )
+    return Skeleton(model, recorder, entries, missing)
+
+
+def _fill_buffers(model: PreTrainedModel, entries: dict[str, Entry]) -> None:
+    for name, buffer in model.named_buffers():
+        entry = entries.get(name)
+        if entry is not None and entry.shape == buffer.shape:
+            buffer.copy_(entry.read(0, buffer.numel()).view(buffer.shape))
+
+
+def _weights_folder(path: str) -> Path:
+    """The local folder of the weights; from the hub they are fetched into its cache, without pickles."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.safetensors.index.json", "*.json"]))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path {path}: {str(error).strip().splitlines()[0]}") from None

@@ -1,0 +1,192 @@
+"""The four seams: what a task, a tuning method, a strategy and a batching are to the rest of the program.
+
+Shape legend, used wherever tensors are named: b batch, s source length, t target length, v vocabulary,
+c classes, d model width, r rank of LoRA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
+
+if TYPE_CHECKING:  # so that reading and checking data does not wait for torch
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+
+IGNORED = -100
+"""The label of a position that is no target."""
+
+
+class Text(NamedTuple):
+    """One example as people read it, and where it comes from."""
+
+    place: str
+    """FILE:LINE of the row, for messages."""
+    source: str
+    """What the model reads."""
+    target: str
+    """What it should write: a text, a class label, or nothing where the source holds all."""
+
+
+class Tokens(NamedTuple):
+    """One example as the model reads it: int32 token ids, [s] and [t]."""
+
+    source: NDArray[np.int32]
+    target: NDArray[np.int32]
+    """Every entry is one target of the loss: the tokens to write with their end token, or one class index."""
+
+
+class Encoded(NamedTuple):
+    """The result of tokenizing one text."""
+
+    source: Sequence[int]
+    target: Sequence[int]
+    source_cut: bool
+    """The source was longer than allowed."""
+    target_cut: bool
+    """The target was longer than allowed."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one rank computes at once."""
+
+    inputs: dict[str, Tensor]
+    """Arguments of the model's forward, int64, [b, s] and [b, t]."""
+    labels: Tensor
+    """int64, [b, t], or [b] for classification; IGNORED where there is no target."""
+    tokens: int
+    """Source and target tokens that are not padding."""
+    targets: int
+    """Targets of the loss."""
+    slots: int
+    """Source and target positions computed on, padding included."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`."""
+        inputs = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
+        return replace(self, inputs=inputs, labels=self.labels.to(device, non_blocking=True))
+
+    def blank(self) -> Batch:
+        """The same shapes with nothing to learn: for a rank that has no examples while others compute."""
+        return replace(self, labels=self.labels.new_full(self.labels.shape, IGNORED), tokens=0, targets=0)
+
+
+class Generation(NamedTuple):
+    """How texts are generated."""
+
+    max_new_tokens: int
+    beams: int
+    """1 is greedy."""
+    in_step: bool
+    """Whether all ranks must call the model equally often, because each holds only a part of it."""
+
+
+class Task(Protocol):
+    """What the model learns to do: from texts to tokens, to a loss, and back to texts."""
+
+    scores_texts: bool
+    """Whether `predict` gives texts or labels that metrics can compare with references."""
+
+    def encode(self, texts: Sequence[Text]) -> list[Encoded]:
+        """Token ids of each text. Raises DataError naming the place of a text that cannot be used."""
+        ...
+
+    def collate(self, examples: Sequence[Tokens]) -> Batch:
+        """Pads the examples to the longest of them."""
+        ...
+
+    def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The float32 sum of the targets' cross entropies (natural log), a scalar."""
+        ...
+
+    def predict(self, model: nn.Module, examples: Sequence[Tokens], how: Generation) -> list[str]:
+        """What the model writes, or which class it names, for each source. On sharded models, ranks call
+        this the same number of times, each with at least one example."""
+        ...
+
+
+class Tuning(Protocol):
+    """Which parameters are trained."""
+
+    makes_adapter: bool
+    """Whether the result is an adapter beside the base model, or the model itself."""
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Adds what the method adds and sets `requires_grad` of every parameter; the model is on the meta
+        device. Raises ConfigError where nothing matches."""
+        ...
+
+
+class Weights(Protocol):
+    """The values that parameters start from, by the model's own parameter names."""
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements `start` to `stop` of the flattened parameter, 1-D, on the CPU, in the dtype stored."""
+        ...
+
+    def dtype(self, name: str) -> torch.dtype:
+        """What the parameter is to be stored in: float32 if it is trained, else what the model computes in."""
+        ...
+
+
+MakeOptimizer: TypeAlias = "Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]"
+"""Builds the optimizer over the trained parameters, after sharding."""
+
+
+class Strategy(Protocol):
+    """How model, gradients and optimizer are spread over the ranks.
+
+    For each micro-batch of a step the loss is computed within `forward` and given to `backward`; then come `grad_norm`
+    and `step`.
+    The loss given to `backward` is this rank's part of the step's loss: gradients are summed over ranks.
+    """
+
+    model: nn.Module
+    """What the forward pass is called on."""
+    in_step: bool
+    """Whether forward passes need all ranks, because parameters are gathered for them."""
+
+    def prepare(self, model: nn.Module, weights: Weights, make_optimizer: MakeOptimizer | None) -> None:
+        """Places a meta-device model, fills it and, unless None is given, builds its optimizer."""
+        ...
+
+    def forward(self, last: bool) -> AbstractContextManager[None]:
+        """Surrounds the computation of one micro-batch's loss; `last`: of this step."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of this rank's part of the loss."""
+        ...
+
+    def grad_norm(self) -> float:
+        """The 2-norm of the step's gradient over all parameters and ranks, its squares summed in float64."""
+        ...
+
+    def step(self, lr: float, scale: float) -> None:
+        """Multiplies the gradients by `scale`, updates the parameters with learning rate `lr`, clears the gradients."""
+        ...
+
+    def evaluating(self) -> AbstractContextManager[nn.Module]:
+        """The model in eval mode without gradients, for `loss_sum` and for `generate`."""
+        ...
+
+    def full_parameters(self, only_trained: bool) -> Iterator[tuple[str, Tensor | None]]:
+        """Each parameter whole, on the CPU of rank 0 (None elsewhere), trained ones in float32. All ranks
+        iterate; at most one parameter is whole at a time."""
+        ...
+
+
+class Batching(Protocol):
+    """How the examples of one optimizer step are laid out for the ranks."""
+
+    def layout(self, lengths: NDArray[np.int64], ranks: int, micro_examples: int) -> list[list[NDArray[np.int64]]]:
+        """Positions in the step for each micro-batch: layout[rank][micro-batch], every rank with as many.
+
+        `lengths` is [n, 2]: source and target length of the step's examples. A micro-batch may be empty.
+        """
+        ...

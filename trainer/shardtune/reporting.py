@@ -1,0 +1,142 @@
+"""What a run says while it goes: metrics.jsonl, trackers, progress, and the table of before and after."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from shardtune.evaluation import Evaluator, Prediction, Split
+from shardtune.loop import StepReport
+from shardtune.progress import Progress
+from shardtune.state import TrainingState
+from shardtune.text_table import table
+from shardtune.tracking import MetricsFile, TensorBoardTracker, Tracker
+from shardtune.world import World
+
+SHOWN_PREDICTIONS = 5
+"""How many predictions of a split go to the trackers as text."""
+
+
+class Reporter:
+    """Writes on the first rank and is silent on the others."""
+
+    def __init__(
+        self,
+        folder: Path,
+        world: World,
+        state: TrainingState,
+        total_steps: int,
+        examples_per_epoch: int,
+        every: int,
+        evaluate_every: int,
+        tensorboard: bool,
+        evaluator: Evaluator,
+        splits: Sequence[Split],
+        settings: dict[str, object],
+    ) -> None:
+        """`every`: steps between training lines; `evaluate_every`: between evaluations of the first split."""
+        self._world = world
+        self._state = state
+        self._total_steps = total_steps
+        self._examples_per_epoch = examples_per_epoch
+        self._every = every
+        self._evaluate_every = evaluate_every
+        self._evaluator = evaluator
+        self._splits = splits
+        self._trackers: list[Tracker] = []
+        self._metrics_file: MetricsFile | None = None
+        self._history: dict[str, list[tuple[int, dict[str, float]]]] = {split.name: [] for split in splits}
+        self._since: list[StepReport] = []
+        self.progress = Progress(total_steps, state.step, world.is_first, every)
+        if world.is_first:
+            self._metrics_file = MetricsFile(folder / "metrics.jsonl")
+            if tensorboard:
+                self._trackers.append(TensorBoardTracker(folder / "tensorboard"))
+            for tracker in self._trackers:
+                tracker.start(settings)
+
+    def after_step(self, report: StepReport) -> None:
+        """Logs and evaluates where that is due."""
+        state = self._state
+        self._since.append(report)
+        seconds = sum(r.seconds for r in self._since)
+        tokens_per_second = sum(r.tokens for r in self._since) / seconds
+        if state.step in (1, self._total_steps) or state.step % self._every == 0:
+            self._log(report, seconds, tokens_per_second)
+            self._since.clear()
+        self.progress.step(state.step, report.loss, report.lr, tokens_per_second)
+        if state.step % self._evaluate_every == 0 and state.step < self._total_steps:
+            self.evaluate(self._splits[:1])
+
+    def _log(self, report: StepReport, seconds: float, tokens_per_second: float) -> None:
+        if self._metrics_file is None:
+            return
+        state = self._state
+        line = {
+            "step": state.step,
+            "epoch": round(state.epochs(self._examples_per_epoch), 6),
+            "loss": report.loss,
+            "lr": report.lr,
+            "grad_norm": report.grad_norm,
+            "examples": state.examples,
+            "tokens": state.tokens,
+            "target_tokens": state.target_tokens,
+            "padding_share": report.padding_share,
+            "step_seconds": seconds / len(self._since),
+            "data_seconds": sum(r.data_seconds for r in self._since) / len(self._since),
+            "tokens_per_second": tokens_per_second,
+            "peak_memory_bytes": peak_memory_bytes(self._world.device),
+        }
+        self._metrics_file.write(line)
+        for tracker in self._trackers:
+            tracker.scalars(state.step, {f"train/{key}": value for key, value in line.items() if key != "step"})
+
+    def evaluate(self, splits: Sequence[Split] | None = None) -> None:
+        """Judges the splits (all by default) at the present step; all ranks call it."""
+        for split in self._splits if splits is None else splits:
+            with self.progress.evaluating(split.name, split.examples) as advance:
+                scores, predictions = self._evaluator.run(self._state.step, split, advance)
+            if self._metrics_file is None:
+                continue
+            self._metrics_file.write({"step": self._state.step, "split": split.name, **scores})
+            self._history[split.name].append((self._state.step, scores))
+            shown = [_as_text(prediction) for prediction in predictions[:SHOWN_PREDICTIONS]]
+            for tracker in self._trackers:
+                tracker.scalars(self._state.step, {f"{split.name}/{key}": value for key, value in scores.items()})
+                tracker.texts(self._state.step, f"{split.name}/predictions", shown)
+            figures = "  ".join(f"{key} {value:.4f}" for key, value in scores.items())
+            self.progress.say(f"{split.name} at step {self._state.step}  {figures}")
+
+    def before_and_after(self) -> str:
+        """A table of the first and the last evaluation of every split."""
+        rows = []
+        for name, history in self._history.items():
+            if not history:
+                continue
+            first, last = history[0], history[-1]
+            before = first[1] if first[0] == 0 and len(history) > 1 else {}
+            for key, value in last[1].items():
+                rows.append([name, key, f"{before[key]:.4f}" if key in before else "-", f"{value:.4f}"])
+        return table(rows, ["split", "metric", "before", "after"]) if rows else ""
+
+    def close(self) -> None:
+        """Ends the bar and writes out what trackers hold."""
+        self.progress.close()
+        for tracker in self._trackers:
+            tracker.close()
+        if self._metrics_file is not None:
+            self._metrics_file.close()
+
+
+def _as_text(prediction: Prediction) -> str:
+    return f"**prediction** {prediction.prediction}\n\n**reference** {prediction.reference}\n\n{prediction.source}"
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most that was allocated on the device; on a CPU the process's resident peak."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,118 @@
+"""`final/`: the tuned model or adapter as a Hugging Face folder, written one parameter at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import cast
+
+import torch
+from peft import PeftModel
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from shardtune.errors import StorageError
+from shardtune.protocols import Strategy, Weights
+
+SHARD_BYTES = 5_000_000_000
+"""Largest file of a model, and about what the first rank holds of it at once."""
+
+
+def write_result(
+    folder: Path,
+    model: nn.Module,
+    strategy: Strategy,
+    weights: Weights,
+    tokenizer: PreTrainedTokenizerBase,
+    stored_dtype: torch.dtype,
+    is_first: bool,
+) -> None:
+    """Writes the result of tuning `model`, which has been prepared by `strategy`; all ranks call it.
+
+    An adapter is float32; a model has `stored_dtype`, that of the weights it began from, and what was not trained is
+    taken from them unrounded. Raises StorageError on the first rank; the folder is whole or absent.
+    """
+    trained = strategy.full_parameters(only_trained=True)
+    if not is_first:
+        for _ in trained:
+            pass
+        return
+    partial = folder.with_name(folder.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        present = ((name, cast(Tensor, tensor)) for name, tensor in trained)
+        if isinstance(model, PeftModel):
+            _write_adapter(partial, model, present)
+        else:
+            base = cast(PreTrainedModel, model)
+            _write_model(partial, base, _all_tensors(base, present, weights), stored_dtype)
+        tokenizer.save_pretrained(str(partial))
+        partial.rename(folder)
+    except OSError as error:
+        raise StorageError(f"{folder}: the result cannot be written: {error.strerror or error}") from error
+
+
+def _all_tensors(
+    model: PreTrainedModel, trained: Iterable[tuple[str, Tensor]], weights: Weights
+) -> Iterator[tuple[str, Tensor]]:
+    yield from trained
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            yield name, weights.read(name, 0, shape.numel()).view(shape)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name not in parameters:  # a persistent buffer
+            yield name, tensor.detach().cpu()
+
+
+def _write_model(
+    folder: Path, model: PreTrainedModel, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype
+) -> None:
+    shards: list[list[str]] = []
+    held: dict[str, Tensor] = {}
+    total = size = 0
+
+    def flush() -> None:
+        shards.append(list(held))
+        save_file(held, str(folder / f"shard-{len(shards)}"), metadata={"format": "pt"})
+        held.clear()
+
+    for name, tensor in tensors:
+        stored = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        if held and size + stored.nbytes > SHARD_BYTES:
+            flush()
+            size = 0
+        held[name] = stored.contiguous()
+        size += stored.nbytes
+        total += stored.nbytes
+    flush()
+    if len(shards) == 1:
+        (folder / "shard-1").rename(folder / "model.safetensors")
+    else:
+        places = {}
+        for index, names in enumerate(shards, 1):
+            file = f"model-{index:05}-of-{len(shards):05}.safetensors"
+            (folder / f"shard-{index}").rename(folder / file)
+            places |= dict.fromkeys(names, file)
+        index_text = json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2)
+        (folder / "model.safetensors.index.json").write_text(index_text, encoding="utf-8")
+    model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    model.config.dtype = dtype
+    model.config.save_pretrained(str(folder))
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(str(folder))
+
+
+def _write_adapter(folder: Path, model: PeftModel, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    state = get_peft_model_state_dict(model, state_dict=dict(tensors), save_embedding_layers=False)
+    save_file({name: t.contiguous() for name, t in state.items()}, str(folder / "adapter_model.safetensors"))
+    settings = model.peft_config["default"]
+    settings.inference_mode = True
+    settings.save_pretrained(str(folder))
+    settings.inference_mode = False

@@ -1,0 +1,81 @@
+"""The run's folder: what is in it before the first step, and what becomes of an older one."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from shardtune.errors import StorageError
+
+LIBRARIES = (
+    "shardtune", "torch", "transformers", "peft", "deepspeed", "bitsandbytes", "triton", "datasets", "tokenizers",
+    "safetensors", "numpy",
+)  # fmt: skip
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run in `folder` has come to its end."""
+    return (folder / "final").is_dir()
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Renames an existing folder to <name>.old-1 (or -2, …) and returns the new path; None where there is none."""
+    if not folder.exists():
+        return None
+    number = 1
+    while folder.with_name(f"{folder.name}.old-{number}").exists():
+        number += 1
+    try:
+        return folder.rename(folder.with_name(f"{folder.name}.old-{number}"))
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be set aside: {error.strerror or error}") from error
+
+
+def begin(folder: Path, config_yaml: str, environment: dict[str, Any]) -> None:
+    """Makes the folder with config.yaml and environment.json.
+
+    Raises StorageError where it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(config_yaml, encoding="utf-8")
+        text = json.dumps(environment, indent=2, ensure_ascii=False) + "\n"
+        (folder / "environment.json").write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be written: {error.strerror or error}") from error
+
+
+def environment(command_line: list[str], strategy: str, devices: list[str]) -> dict[str, Any]:
+    """What a run ran on; `devices` has one entry a rank."""
+    return {
+        "command_line": command_line,
+        "ranks": len(devices),
+        "strategy": strategy,
+        "devices": devices,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: _version(name) for name in LIBRARIES},
+        "git_commit": _git_commit(),
+        "fused": {},
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None

@@ -1,0 +1,115 @@
+"""Fully sharded data parallelism with PyTorch's `fully_shard`: every parameter is split over the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from shardtune.protocols import MakeOptimizer, Weights
+from shardtune.strategy.gradients import scale_in_place, sharded_norm
+from shardtune.strategy.parameters import fill, move_buffers, replace_parameters, trained_parameters
+from shardtune.world import World
+
+
+class Fsdp2:
+    """Implements the Strategy protocol.
+
+    Each layer of the model is gathered for its own forward and backward; what belongs to no layer (embeddings, output,
+    last norms) is gathered together. Parameters are split along their first dimension, so a rank's part is one range
+    of the flattened parameter, and only that range is read.
+    """
+
+    in_step = True
+    model: nn.Module
+    _optimizer: torch.optim.Optimizer
+
+    def __init__(self, world: World, compute_dtype: torch.dtype, blocks: list[str]) -> None:
+        """`blocks`: names of the model's layers."""
+        self._world = world
+        self._dtype = compute_dtype
+        self._blocks = blocks
+
+    def prepare(self, model: nn.Module, weights: Weights, make_optimizer: MakeOptimizer | None) -> None:
+        """Shards the model on the meta device, then fills this rank's part of every parameter."""
+        device = self._world.device
+        mesh = init_device_mesh(device.type, (self._world.size,))
+        policy = MixedPrecisionPolicy(param_dtype=self._dtype, reduce_dtype=torch.float32)
+
+        def with_dtype(name: str, parameter: nn.Parameter) -> nn.Parameter:
+            return nn.Parameter(parameter.data.to(weights.dtype(name)), parameter.requires_grad)
+
+        replace_parameters(model, with_dtype)
+        for name in self._blocks:
+            fully_shard(model.get_submodule(name), mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
+
+        def materialized(name: str, parameter: nn.Parameter) -> nn.Parameter:
+            sharded = cast(DTensor, parameter.data)
+            meta = sharded.to_local()
+            local = torch.empty(meta.shape, dtype=meta.dtype, device=device)
+            rows_before = -(-sharded.shape[0] // self._world.size) * self._world.rank  # torch.chunk's split
+            fill(local, weights, name, rows_before * (sharded[0].numel() if sharded.dim() > 1 else 1))
+            whole = DTensor.from_local(
+                local, mesh, sharded.placements, run_check=False, shape=sharded.shape, stride=sharded.stride()
+            )
+            return nn.Parameter(whole, parameter.requires_grad)
+
+        replace_parameters(model, materialized)
+        move_buffers(model, device)
+        self.model = model
+        if make_optimizer is not None:
+            self._optimizer = make_optimizer(trained_parameters(model))
+
+    @contextmanager
+    def forward(self, last: bool) -> Iterator[None]:
+        """Gradients are reduced after every micro-batch: no rank ever holds a whole gradient."""
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds gradients; FSDP averages over ranks, which is undone here."""
+        (loss * self._world.size).backward()
+
+    def grad_norm(self) -> float:
+        """Each rank squares its part."""
+        return sharded_norm(self._gradients(), self._world)
+
+    def step(self, lr: float, scale: float) -> None:
+        """Updates this rank's part of the parameters."""
+        scale_in_place(self._gradients(), scale)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[nn.Module]:
+        """The sharded model in eval mode; what belongs to no layer stays gathered meanwhile.
+
+        `generate` calls the encoder alone, outside of the model's own forward.
+        """
+        model = cast(FSDPModule, self.model)
+        self.model.eval()
+        # The root has to be set up before a layer runs on its own.
+        model._get_fsdp_state()._lazy_init()
+        model.unshard()
+        with torch.no_grad():
+            yield self.model
+        model.reshard()
+        self.model.train()
+
+    def full_parameters(self, only_trained: bool) -> Iterator[tuple[str, Tensor | None]]:
+        """Gathered one at a time."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad or not only_trained:
+                whole = cast(DTensor, parameter.detach()).full_tensor()
+                yield name, whole.cpu() if self._world.is_first else None
+
+    def _gradients(self) -> list[Tensor]:
+        return [cast(DTensor, p.grad).to_local() for _, p in trained_parameters(self.model) if p.grad is not None]

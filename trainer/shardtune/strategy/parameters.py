@@ -1,0 +1,62 @@
+"""From a model on the meta device to one with values, parameter by parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from shardtune.protocols import Weights
+
+PIECE = 1 << 24
+"""Elements read at once: bounds what loading holds beside the parameters themselves."""
+
+
+def replace_parameters(model: nn.Module, make: Callable[[str, nn.Parameter], nn.Parameter]) -> None:
+    """Puts `make(name, parameter)` in the place of every parameter, everywhere it is shared.
+
+    `make` is called once for each parameter, in the order of `named_parameters`.
+    """
+    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(parameter, []).append((module, key))
+    for name, parameter in list(model.named_parameters()):
+        fresh = make(name, parameter)
+        for module, key in places[parameter]:
+            module._parameters[key] = fresh
+
+
+def fill(out: Tensor, weights: Weights, name: str, start: int = 0) -> None:
+    """Copies the elements of parameter `name` from `start` on into `out`, which is contiguous."""
+    flat = out.detach().view(-1)
+    for low in range(0, flat.numel(), PIECE):
+        high = min(low + PIECE, flat.numel())
+        flat[low:high].copy_(weights.read(name, start + low, start + high))
+
+
+def materialize(model: nn.Module, weights: Weights, device: torch.device) -> None:
+    """Gives every parameter its values, whole, on `device`; buffers move there too."""
+
+    def make(name: str, parameter: nn.Parameter) -> nn.Parameter:
+        data = torch.empty(parameter.shape, dtype=weights.dtype(name), device=device)
+        fill(data, weights, name)
+        return nn.Parameter(data, requires_grad=parameter.requires_grad)
+
+    replace_parameters(model, make)
+    move_buffers(model, device)
+
+
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Moves buffers, which every rank holds whole, to `device`."""
+    for module in model.modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[key] = buffer.to(device)
+
+
+def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that gradients are computed for."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]

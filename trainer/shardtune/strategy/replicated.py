@@ -1,0 +1,99 @@
+"""Strategies in which every rank holds the whole model: one process, or data parallel with gradients summed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from shardtune.protocols import MakeOptimizer, Weights
+from shardtune.strategy.gradients import scale_in_place, squared_norm
+from shardtune.strategy.parameters import materialize, trained_parameters
+from shardtune.world import World
+
+
+class Replicated:
+    """Implements the Strategy protocol for `single` (one rank) and `ddp` (any number of ranks).
+
+    Trained parameters are float32; in bfloat16 the model computes under autocast.
+    """
+
+    in_step = False
+    model: nn.Module
+    _module: nn.Module
+    _optimizer: torch.optim.Optimizer
+
+    def __init__(self, world: World, compute_dtype: torch.dtype) -> None:
+        self._world = world
+        self._dtype = compute_dtype
+
+    def prepare(self, model: nn.Module, weights: Weights, make_optimizer: MakeOptimizer | None) -> None:
+        """Fills the model on this rank's device and wraps it for data parallelism where there are others."""
+        materialize(model, weights, self._world.device)
+        self._module = self.model = model
+        trained = trained_parameters(model)
+        if make_optimizer is None:
+            return
+        self._optimizer = make_optimizer(trained)
+        if self._world.size > 1:
+            # Every rank has read the same values, so nothing is broadcast.
+            self.model = DistributedDataParallel(
+                model,
+                device_ids=[self._world.device] if self._world.device.type == "cuda" else None,
+                broadcast_buffers=False,
+                init_sync=False,
+                gradient_as_bucket_view=True,
+            )
+
+    @contextmanager
+    def forward(self, last: bool) -> Iterator[None]:
+        """Gradients are summed over ranks after the step's last micro-batch only."""
+        waiting = isinstance(self.model, DistributedDataParallel) and not last
+        with self.model.no_sync() if waiting else nullcontext(), self._autocast():
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds gradients; data parallelism averages over ranks, which is undone here."""
+        (loss * self._world.size).backward()
+
+    def grad_norm(self) -> float:
+        """The same on every rank, as each holds the whole gradient."""
+        return math.sqrt(float(squared_norm(self._gradients())))
+
+    def step(self, lr: float, scale: float) -> None:
+        """Updates the parameters and clears the gradients."""
+        scale_in_place(self._gradients(), scale)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=self._world.size == 1)
+
+    def adopt(self, model: nn.Module) -> None:
+        """Takes a model that has its values already, to evaluate it."""
+        self._module = self.model = model.to(self._world.device)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[nn.Module]:
+        """The bare model in eval mode."""
+        self._module.eval()
+        with torch.no_grad(), self._autocast():
+            yield self._module
+        self._module.train()
+
+    def full_parameters(self, only_trained: bool) -> Iterator[tuple[str, Tensor | None]]:
+        """Rank 0 has them all."""
+        for name, parameter in self._module.named_parameters():
+            if parameter.requires_grad or not only_trained:
+                yield name, parameter.detach().cpu() if self._world.is_first else None
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for _, p in trained_parameters(self._module) if p.grad is not None]
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(
+            self._world.device.type, dtype=torch.bfloat16, enabled=self._dtype == torch.bfloat16
+        )

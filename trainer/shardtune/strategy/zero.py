@@ -1,0 +1,165 @@
+"""DeepSpeed ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054), stages 1 to 3.
+
+Stage 1 splits the optimizer's state over the ranks, stage 2 the gradients too, stage 3 the parameters too.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shardtune.protocols import MakeOptimizer, Weights
+from shardtune.strategy.gradients import scale_in_place, sharded_norm
+from shardtune.strategy.parameters import fill, materialize, move_buffers, replace_parameters, trained_parameters
+from shardtune.world import World
+
+
+class Zero:
+    """Implements the Strategy protocol over a DeepSpeed engine.
+
+    The loop counts targets, clips and schedules for every strategy alike, so the engine is told not to: no scaling by
+    accumulation steps, no clipping, no schedule. In bfloat16 parameters are bfloat16 and master weights float32.
+    """
+
+    model: nn.Module
+    _module: nn.Module
+    _engine: Any = None
+
+    def __init__(self, world: World, compute_dtype: torch.dtype, stage: int) -> None:
+        self._world = world
+        self._dtype = compute_dtype
+        self._stage = stage
+        self.in_step = stage == 3
+
+    def prepare(self, model: nn.Module, weights: Weights, make_optimizer: MakeOptimizer | None) -> None:
+        """Fills the model (under stage 3 each parameter is split as soon as it is filled) and starts the engine."""
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        import deepspeed
+
+        deepspeed.logger.setLevel(logging.ERROR)
+        deepspeed.init_distributed(verbose=False)
+        if self._stage == 3:
+            self._fill_and_partition(model, weights)
+        else:
+            materialize(model, weights, self._world.device)
+        self._module = self.model = model
+        if make_optimizer is None and self._stage < 3:
+            return
+        trained = trained_parameters(model)
+        optimizer = make_optimizer(trained) if make_optimizer is not None else None
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,  # pyright: ignore[reportArgumentType]
+            config=self._settings(),
+            dist_init_required=False,
+        )
+        self.model = self._engine
+        if optimizer is not None and self._dtype != torch.float32:
+            self._restore_master_weights(trained, weights)
+
+    def _settings(self) -> dict[str, Any]:
+        # DeepSpeed's stage 1 takes another optimizer class, without a gradient to read, for float32 accumulation.
+        accumulate_in = "bf16" if self._dtype == torch.bfloat16 and self._stage == 1 else "fp32"
+        return {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "zero_optimization": {"stage": self._stage, "overlap_comm": self._world.device.type == "cuda"},
+            "bf16": {"enabled": self._dtype == torch.bfloat16},
+            "data_types": {"grad_accum_dtype": accumulate_in},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "gradient_clipping": 0.0,
+            "steps_per_print": 2**62,
+        }
+
+    def _fill_and_partition(self, model: nn.Module, weights: Weights) -> None:
+        """Rank 0 reads one parameter after the other; `zero.Init` sends it out, and each rank keeps its part."""
+        import deepspeed
+
+        holder = nn.Module()
+
+        def make(name: str, parameter: nn.Parameter) -> nn.Parameter:
+            data = torch.empty(parameter.shape, dtype=self._dtype, device=self._world.device)
+            if self._world.is_first:
+                fill(data, weights, name)
+            holder.weight = nn.Parameter(data, requires_grad=parameter.requires_grad)
+            deepspeed.zero.Init(module=holder, config_dict_or_path=self._settings(), dtype=self._dtype)
+            return holder.weight
+
+        replace_parameters(model, make)
+        move_buffers(model, self._world.device)
+
+    def _restore_master_weights(self, trained: list[tuple[str, nn.Parameter]], weights: Weights) -> None:
+        """Master weights begin as copies of the rounded parameters; they should begin as the values themselves."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        for name, parameter in trained:
+            partition = getattr(parameter, "ds_tensor", None)
+            if partition is None:
+                value = torch.empty(parameter.shape, device=self._world.device)
+                fill(value, weights, name)
+                safe_set_full_fp32_param(parameter, value)
+                continue
+            local = torch.zeros(partition.ds_numel, device=self._world.device)
+            start = min(partition.ds_numel * self._world.rank, parameter.ds_numel)  # pyright: ignore
+            stop = min(start + partition.ds_numel, parameter.ds_numel)  # pyright: ignore
+            fill(local[: stop - start], weights, name, start)
+            safe_set_local_fp32_param(parameter, local)
+
+    @contextmanager
+    def forward(self, last: bool) -> Iterator[None]:
+        """The engine reduces at the boundary (stage 1) or after every micro-batch (2 and 3)."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds gradients; the engine averages over ranks, which is undone here."""
+        self._engine.backward(loss * self._world.size, scale_wrt_gas=False)
+
+    def grad_norm(self) -> float:
+        """Each rank squares its part."""
+        return sharded_norm(self._gradients(), self._world)
+
+    def step(self, lr: float, scale: float) -> None:
+        """Updates this rank's part of the master weights, then the parameters everywhere."""
+        scale_in_place(self._gradients(), scale)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+
+    @contextmanager
+    def evaluating(self) -> Iterator[nn.Module]:
+        """The module in eval mode, with the engine's hooks gathering parameters under stage 3."""
+        self._module.eval()
+        with torch.no_grad():
+            yield self._module
+        self._module.train()
+
+    def full_parameters(self, only_trained: bool) -> Iterator[tuple[str, Tensor | None]]:
+        """Trained parameters from the master weights, one at a time."""
+        import deepspeed
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        for name, parameter in self._module.named_parameters():
+            if not parameter.requires_grad:
+                if only_trained:
+                    continue
+                with deepspeed.zero.GatheredParameters([parameter], enabled=self._stage == 3):
+                    yield name, parameter.detach().cpu().clone() if self._world.is_first else None
+                continue
+            whole = safe_get_full_fp32_param(parameter)
+            assert whole is not None
+            yield name, whole.detach().cpu().view(_full_shape(parameter)) if self._world.is_first else None
+
+    def _gradients(self) -> list[Tensor]:
+        groups = self._engine.optimizer.averaged_gradients
+        return [gradient for group in groups.values() for gradient in (group or ())]
+
+
+def _full_shape(parameter: nn.Parameter) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)

@@ -1,0 +1,90 @@
+"""Decoders: continue the source with the target, or learn a whole text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerBase
+
+from shardtune.protocols import IGNORED, Batch, Encoded, Generation, Text, Tokens
+from shardtune.task.tokens import generate, mask, pad, tokenize
+
+
+class Causal:
+    """Implements the Task protocol.
+
+    Source and target are joined with no end token between them; the loss is on the target and its end token. Of a
+    whole text (`whole_text`) only the first token, which nothing predicts, is source.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_source_tokens: int,
+        max_target_tokens: int,
+        whole_text: bool,
+    ) -> None:
+        self._tokenizer: Any = tokenizer
+        self._limits = max_source_tokens, max_target_tokens
+        self._whole_text = whole_text
+        self.scores_texts = not whole_text
+
+    def encode(self, texts: Sequence[Text]) -> list[Encoded]:
+        """Begin token (where the tokenizer has one), source, target, end token."""
+        end = self._tokenizer.eos_token_id
+        begin = self._tokenizer.bos_token_id if self._tokenizer.bos_token_id is not None else end
+        sources = []
+        # One more than allowed, because some tokenizers end the source with a token that is taken off again.
+        for ids, cut in tokenize(self._tokenizer, [text.source for text in texts], self._limits[0] + 1):
+            ids = ids[:-1] if ids[-1:] == [end] else ids
+            if len(ids) > self._limits[0]:
+                right = self._tokenizer.truncation_side == "right"
+                ids, cut = (ids[: self._limits[0]] if right else ids[-self._limits[0] :]), True
+            sources.append((ids or [begin], cut))
+        if self._whole_text:
+            limit = self._limits[0] - 1
+            return [
+                Encoded(ids[:1], [*ids[1 : limit + 1], end][: max(limit, 1)], cut or len(ids) > limit, False)
+                for ids, cut in sources
+            ]
+        encoded = []
+        targets = self._tokenizer(
+            [text.target for text in texts], add_special_tokens=False, truncation=False, verbose=False
+        )["input_ids"]
+        for (source, source_cut), target in zip(sources, targets, strict=True):
+            limit = self._limits[1] - 1
+            encoded.append(Encoded(source, [*target[:limit], end], source_cut, len(target) > limit))
+        return encoded
+
+    def collate(self, examples: Sequence[Tokens]) -> Batch:
+        """Right-padded rows [b, t] of source and target; labels are the targets in their own places."""
+        rows = [np.concatenate((e.source, e.target)) for e in examples]
+        labels = [np.concatenate((np.full(len(e.source), IGNORED), e.target)) for e in examples]
+        input_ids = pad(rows, self._tokenizer.pad_token_id)
+        return Batch(
+            inputs={"input_ids": input_ids, "attention_mask": mask(rows)},
+            labels=pad(labels, IGNORED),
+            tokens=sum(len(row) for row in rows),
+            targets=sum(len(e.target) for e in examples),
+            slots=input_ids.numel(),
+        )
+
+    def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Summed cross entropy of the target tokens, each predicted at the position before it."""
+        logits = model(**batch.inputs, use_cache=False).logits[:, :-1]
+        return cross_entropy(
+            logits.float().flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+
+    def predict(self, model: nn.Module, examples: Sequence[Tokens], how: Generation) -> list[str]:
+        """Generated continuations, without special tokens; sources are padded on the left."""
+        sources = [e.source for e in examples]
+        pad_id, end = self._tokenizer.pad_token_id, self._tokenizer.eos_token_id
+        prompt = pad(sources, pad_id, left=True)
+        written = generate(model, prompt, mask(sources, left=True), how, pad_id, end)  # pyright: ignore
+        new = written[:, prompt.shape[1] :]
+        return [text.strip() for text in self._tokenizer.batch_decode(new, skip_special_tokens=True)]

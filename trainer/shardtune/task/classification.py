@@ -1,0 +1,62 @@
+"""A label for each text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerBase
+
+from shardtune.errors import DataError
+from shardtune.protocols import IGNORED, Batch, Encoded, Generation, Text, Tokens
+from shardtune.task.tokens import mask, pad, tokenize
+
+
+class Classification:
+    """Implements the Task protocol; a target is the index of its label in `labels`."""
+
+    scores_texts = True
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_source_tokens: int, labels: Sequence[str]) -> None:
+        self._tokenizer: Any = tokenizer
+        self._limit = max_source_tokens
+        self._labels = list(labels)
+        self._index = {label: index for index, label in enumerate(self._labels)}
+
+    def encode(self, texts: Sequence[Text]) -> list[Encoded]:
+        """The text with the tokenizer's special tokens, and the label's index."""
+        for text in texts:
+            if text.target not in self._index:
+                known = ", ".join(self._labels[:10])
+                raise DataError(f"{text.place}: label {text.target!r} is not in the training data; known are {known}")
+        sources = tokenize(self._tokenizer, [text.source for text in texts], self._limit)
+        return [
+            Encoded(ids, [self._index[text.target]], cut, False)
+            for text, (ids, cut) in zip(texts, sources, strict=True)
+        ]
+
+    def collate(self, examples: Sequence[Tokens]) -> Batch:
+        """Right-padded texts [b, s] and class indices [b]."""
+        sources = [e.source for e in examples]
+        input_ids = pad(sources, self._tokenizer.pad_token_id)
+        return Batch(
+            inputs={"input_ids": input_ids, "attention_mask": mask(sources)},
+            labels=torch.tensor([int(e.target[0]) for e in examples]),
+            tokens=sum(len(source) for source in sources),
+            targets=len(examples),
+            slots=input_ids.numel(),
+        )
+
+    def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Summed cross entropy of the labels."""
+        logits = model(**batch.inputs).logits
+        return cross_entropy(logits.float(), batch.labels, ignore_index=IGNORED, reduction="sum")
+
+    def predict(self, model: nn.Module, examples: Sequence[Tokens], how: Generation) -> list[str]:
+        """The most probable label of each text."""
+        batch = self.collate(examples).to(next(model.parameters()).device)
+        best = model(**batch.inputs).logits.argmax(-1)
+        return [self._labels[index] for index in best.tolist()]

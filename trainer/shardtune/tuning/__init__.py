@@ -1,0 +1,1 @@
+"""Which parameters are trained: one file a method, chosen by `tuning.method`."""

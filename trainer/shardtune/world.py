@@ -1,0 +1,165 @@
+"""The ranks of a run: who this one is, its device, and the few collectives that the rest needs.
+
+The only file that reads the variables that launchers set.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from shardtune.errors import FailedElsewhere, RankError, ShardtuneError
+
+if TYPE_CHECKING:  # torch takes seconds to import, and errors in the config or the data come before it
+    import torch
+    import torch.distributed as dist
+
+POLL_SECONDS = 0.1
+SILENCE_LIMIT = timedelta(minutes=30)
+
+
+@dataclass
+class World:
+    """This process among the ranks of a run."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    store: dist.Store | None = None
+    """Key-value store shared by the ranks; None on one rank."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank speaks, scores and writes."""
+        return self.rank == 0
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Each value summed over all ranks, in float64."""
+        if self.size == 1:
+            return values
+        import torch
+        import torch.distributed as dist
+
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The JSON-like value of every rank in rank order, on the first rank; an empty list elsewhere."""
+        if self.size == 1:
+            return [value]
+        import torch
+        import torch.distributed as dist
+
+        # JSON over tensors: nothing that comes from another process is unpickled.
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(sizes, torch.tensor([data.numel()]))
+        longest = max(int(size) for size in sizes)
+        padded = torch.nn.functional.pad(data, (0, longest - data.numel()))
+        received = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)] if self.is_first else None
+        dist.gather(padded, received)
+        if received is None:
+            return []
+        return [json.loads(r[: int(n)].numpy().tobytes()) for r, n in zip(received, sizes, strict=True)]
+
+    def first_does(self, name: str, work: Callable[[], Any]) -> Any:
+        """Runs `work` on the first rank, once for each `name`, and gives every rank its JSON-like result.
+
+        The others wait without a collective, however long it takes; if it fails, they raise FailedElsewhere.
+        """
+        if self.store is None:
+            return work()
+        if self.is_first:
+            try:
+                result = work()
+            except BaseException as error:
+                code = error.exit_code if isinstance(error, ShardtuneError) else 1
+                self.store.set(name, json.dumps({"failed": code}))
+                raise
+            self.store.set(name, json.dumps({"result": result}))
+            return result
+        while not self.store.check([name]):
+            time.sleep(POLL_SECONDS)
+        answer = json.loads(self.store.get(name))
+        if "failed" in answer:
+            raise FailedElsewhere(answer["failed"])
+        return answer["result"]
+
+    def seed_everything(self, seed: int) -> None:
+        """Seeds the random streams of this rank (dropout differs between ranks, weights do not use these)."""
+        import numpy as np
+        import torch
+
+        random.seed(seed * 1_000_003 + self.rank)
+        np.random.seed((seed * 1_000_003 + self.rank) % 2**32)
+        torch.manual_seed(seed * 1_000_003 + self.rank)
+
+    def close(self) -> None:
+        """Leaves the process group."""
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def rank_environment(rank: int, size: int, local_rank: int, local_size: int, address: str, port: int) -> dict[str, str]:
+    """The variables that tell a process which rank it is, as torchrun sets them."""
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(local_rank),
+        "LOCAL_WORLD_SIZE": str(local_size),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+    }
+
+
+def launched_ranks() -> int | None:
+    """How many ranks a launcher has started, or None if this process was started alone."""
+    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else None
+
+
+def launched_rank() -> int:
+    """The rank that a launcher gave this process; 0 if it was started alone."""
+    return int(os.environ.get("RANK", 0))
+
+
+def join_world() -> World:
+    """Joins the ranks that the launcher has started; alone, a world of one.
+
+    Raises RankError where the others cannot be reached.
+    """
+    import torch
+    import torch.distributed as dist
+
+    size, rank = launched_ranks() or 1, launched_rank()
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if size == 1:  # FSDP2 and DeepSpeed want a group even then; it needs no port
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return World(0, 1, local_rank, device)
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
+        store.set_timeout(SILENCE_LIMIT)
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("collectives", store),
+            rank=rank,
+            world_size=size,
+            timeout=SILENCE_LIMIT,
+            device_id=device if device.type == "cuda" else None,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise RankError(f"rank {rank} of {size} could not join the others: {error}") from error
+    return World(rank, size, local_rank, device, dist.PrefixStore("shardtune", store))
