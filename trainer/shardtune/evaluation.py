@@ -63,7 +63,7 @@ class Evaluator:
         self._folder = folder
 
     def run(
-        self, step: int, split: Split, advance: Callable[[int], None]
+        self, step: int | str, split: Split, advance: Callable[[int], None]
     ) -> tuple[dict[str, float], list[Prediction]]:
         """The loss and the metrics, and the predictions in the split's order; both empty but on the first rank.
 
@@ -105,7 +105,7 @@ class Evaluator:
             if position in written
         ]
 
-    def _write(self, step: int, split: str, predictions: Sequence[Prediction]) -> None:
+    def _write(self, step: int | str, split: str, predictions: Sequence[Prediction]) -> None:
         path = self._folder / f"step-{step}-{split}.jsonl"
         lines = [json.dumps(prediction._asdict(), ensure_ascii=False) + "\n" for prediction in predictions]
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -28,6 +28,7 @@ def write_result(
     strategy: Strategy,
     weights: Weights,
     tokenizer: PreTrainedTokenizerBase,
+    labels: Sequence[str],
     stored_dtype: torch.dtype,
     is_first: bool,
 ) -> None:
@@ -52,6 +53,8 @@ def write_result(
             base = cast(PreTrainedModel, model)
             _write_model(partial, base, _all_tensors(base, present, weights), stored_dtype)
         tokenizer.save_pretrained(str(partial))
+        if labels:  # an adapter's folder has no config to name them
+            (partial / "labels.json").write_text(json.dumps(labels, ensure_ascii=False), encoding="utf-8")
         partial.rename(folder)
     except OSError as error:
         raise StorageError(f"{folder}: the result cannot be written: {error.strerror or error}") from error

@@ -56,15 +56,16 @@ def environment(command_line: list[str], strategy: str, devices: list[str]) -> d
         "ranks": len(devices),
         "strategy": strategy,
         "devices": devices,
-        "python": platform.python_version(),
+        "python": platform.pythonversion(),
         "platform": platform.platform(),
-        "versions": {name: _version(name) for name in LIBRARIES},
+        "versions": {name: version(name) for name in LIBRARIES},
         "git_commit": _git_commit(),
         "fused": {},
     }
 
 
-def _version(name: str) -> str | None:
+def version(name: str) -> str | None:
+    """The installed version of a distribution; None where it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -34,6 +34,7 @@ class World:
     device: torch.device
     store: dist.Store | None = None
     """Key-value store shared by the ranks; None on one rank."""
+    _done: int = 0
 
     @property
     def is_first(self) -> bool:
@@ -71,24 +72,26 @@ class World:
         return [json.loads(r[: int(n)].numpy().tobytes()) for r, n in zip(received, sizes, strict=True)]
 
     def first_does(self, name: str, work: Callable[[], Any]) -> Any:
-        """Runs `work` on the first rank, once for each `name`, and gives every rank its JSON-like result.
+        """Runs `work` on the first rank and gives every rank its JSON-like result; `name` is for debugging.
 
-        The others wait without a collective, however long it takes; if it fails, they raise FailedElsewhere.
+        All ranks call it in the same order. The others wait without a collective, however long it takes; if it fails, they raise FailedElsewhere.
         """
         if self.store is None:
             return work()
+        self._done += 1
+        key = f"{self._done}/{name}"
         if self.is_first:
             try:
                 result = work()
             except BaseException as error:
                 code = error.exit_code if isinstance(error, ShardtuneError) else 1
-                self.store.set(name, json.dumps({"failed": code}))
+                self.store.set(key, json.dumps({"failed": code}))
                 raise
-            self.store.set(name, json.dumps({"result": result}))
+            self.store.set(key, json.dumps({"result": result}))
             return result
-        while not self.store.check([name]):
+        while not self.store.check([key]):
             time.sleep(POLL_SECONDS)
-        answer = json.loads(self.store.get(name))
+        answer = json.loads(self.store.get(key))
         if "failed" in answer:
             raise FailedElsewhere(answer["failed"])
         return answer["result"]

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -134,8 +133,9 @@ def train_run(config: Config, world: World, splits: Splits | None, command_line:
         )  # fmt: skip
         reporter.evaluate()
         write_result(
-            folder / "final", model, strategy, weights, prepared.tokenizer, skeleton.stored_dtype, world.is_first
-        )
+            folder / "final", model, strategy, weights, prepared.tokenizer, prepared.labels, skeleton.stored_dtype,
+            world.is_first,
+        )  # fmt: skip
     finally:
         reporter.close()
     world.first_does("written", lambda: None)  # nobody leaves before the result is there
@@ -283,6 +283,3 @@ def quiet_libraries() -> Iterator[None]:
         if not sys.warnoptions:
             warnings.simplefilter("ignore")
         yield
-
-
-__all__: list[Any] = ["Prepared", "evaluated_splits", "make_skeleton", "prepare", "quiet_libraries", "train_run"]

@@ -1,0 +1,137 @@
+"""What can be done with a result: judge it, try it, take it away. One process, one device."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from shardtune.assemble.parts import DTYPES, make_task, metric_names
+from shardtune.assemble.run import evaluated_splits, prepare, quiet_libraries
+from shardtune.config import ClassificationConfig, Config
+from shardtune.data.splits import Splits
+from shardtune.errors import ConfigError
+from shardtune.evaluation import Evaluator
+from shardtune.model.skeleton import AUTO_CLASSES, build_skeleton, load_architecture
+from shardtune.model.tokenizer import fit_config, load_tokenizer
+from shardtune.protocols import Generation, Text, Tokens
+from shardtune.strategy.parameters import materialize
+from shardtune.strategy.replicated import Replicated
+from shardtune.text_table import table
+from shardtune.world import join_world
+
+GENERATED_AT_ONCE = 8
+
+
+def load_result(config: Config, folder: Path, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+    """The model in a result's folder; an adapter comes on its base model.
+
+    Raises ConfigError where the folder holds neither.
+    """
+    dtype = DTYPES[config.model.dtype]
+    if not (folder / "adapter_config.json").exists():
+        if not (folder / "config.json").exists():
+            raise ConfigError(f"{folder}: holds neither a model nor an adapter")
+        return AUTO_CLASSES[config.task.kind].from_pretrained(str(folder), dtype=dtype)
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(_base_model(config, folder, tokenizer, dtype), str(folder))
+
+
+def _base_model(
+    config: Config, folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+) -> PreTrainedModel:
+    """The model that an adapter was trained beside; random weights are drawn again from the seed."""
+    settings = config.model
+    architecture = load_architecture(settings.path, config.task.kind, settings.trust_remote_code)
+    newly_trained = (settings.tokenizer or "").startswith("train:")
+    fit_config(architecture, tokenizer, newly_trained)
+    labels = _labels(folder)
+    if labels:
+        architecture.num_labels = len(labels)
+    skeleton = build_skeleton(
+        architecture, settings.path, config.task.kind, settings.weights == "pretrained", settings.attention,
+        settings.layers, settings.trust_remote_code,
+    )  # fmt: skip
+    model = skeleton.model.requires_grad_(False)
+    materialize(model, skeleton.weights(model, config.seed, dtype), torch.device("cpu"))
+    return model
+
+
+def _labels(folder: Path) -> list[str]:
+    """The labels of a classifier: in its config, or beside an adapter."""
+    path = folder / "labels.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def evaluate(config: Config, splits: Splits, folder: Path | None, split_name: str) -> str:
+    """Judges the result in `folder` (by default the run's) on a split; returns the table of scores.
+
+    Predictions go to the run's folder of predictions as step-final-<split>.jsonl, beside those of the run.
+    """
+    folder = folder or Path(config.runs) / config.name / "final"
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: there is no result to evaluate; train first, or name one with --checkpoint")
+    world = join_world()
+    with quiet_libraries():
+        prepared = prepare(config, world, splits)
+        found = [s for s in evaluated_splits(prepared, config.evaluation.examples) if s.name == split_name]
+        if not found:
+            raise ConfigError(f"data.{split_name}: the {split_name} split has no examples")
+        strategy = Replicated(world, DTYPES[config.model.dtype])
+        strategy.adopt(load_result(config, folder, prepared.tokenizer))
+        evaluator = Evaluator(
+            prepared.task, strategy, world, metric_names(config), config.evaluation.max_new_tokens,
+            config.evaluation.beams, config.batch.micro_examples, Path(config.runs) / config.name / "predictions",
+        )  # fmt: skip
+        scores, _ = evaluator.run("final", found[0], lambda examples: None)
+    world.close()
+    rows = [[split_name, key, f"{value:.4f}"] for key, value in scores.items()]
+    return table(rows, ["split", "metric", "value"])
+
+
+def generate(config: Config, run: Path, sources: Sequence[str], as_json: bool) -> Iterator[str]:
+    """What the run's model writes for each source: as it is, or as JSON lines with source and prediction."""
+    folder = run / "final"
+    with quiet_libraries():
+        tokenizer = load_tokenizer(str(folder), config.task.truncation_side, config.model.trust_remote_code)
+        model = load_result(config, folder, tokenizer)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model.to(device).eval()
+        labels = _labels(folder)
+        base = cast(PreTrainedModel, model)
+        task = make_task(config.task, config.model.path, tokenizer, base.config, labels)
+        how = Generation(config.evaluation.max_new_tokens, config.evaluation.beams, in_step=False)
+        target = labels[0] if isinstance(config.task, ClassificationConfig) else ""
+        for start in range(0, len(sources), GENERATED_AT_ONCE):
+            some = sources[start : start + GENERATED_AT_ONCE]
+            encoded = task.encode([Text("command line", source, target) for source in some])
+            with torch.no_grad():
+                written = task.predict(model, [cast(Tokens, row) for row in encoded], how)
+            for source, prediction in zip(some, written, strict=True):
+                line = {"source": source, "prediction": prediction}
+                yield json.dumps(line, ensure_ascii=False) if as_json else prediction
+
+
+def export(config: Config, run: Path, out: Path, merge: bool) -> str:
+    """Copies the result to `out`, an adapter merged into its base model if `merge`. Returns what was done."""
+    folder = run / "final"
+    is_adapter = (folder / "adapter_config.json").exists()
+    if merge and not is_adapter:
+        raise ConfigError("command line --merge: the result is a whole model, so there is no adapter to merge")
+    if not merge:
+        shutil.copytree(folder, out)
+        kind = "adapter" if is_adapter else "model"
+        return f"{out}: the {kind}, as {'peft' if is_adapter else 'transformers'} loads it"
+    with quiet_libraries():
+        tokenizer = load_tokenizer(str(folder), config.task.truncation_side, config.model.trust_remote_code)
+        merged: Any = cast(Any, load_result(config, folder, tokenizer)).merge_and_unload()
+        merged.save_pretrained(str(out))
+        tokenizer.save_pretrained(str(out))
+    return f"{out}: the adapter merged into {config.model.path}, as transformers loads it"
