@@ -1,4 +1,4 @@
-# make setup | quickstart | test | lint | bench | bench-gpu | clean
+# make setup | quickstart | test | lint | schema | bench | bench-gpu | clean
 #
 # Variables you may set, as in `make quickstart RANKS=1`:
 #   PYTHON           the interpreter that makes .venv          (default: the first Python >= 3.11 found)
@@ -35,7 +35,7 @@ TORCH ?= torch==$(TORCH_VERSION)$(if $(filter 0,$(GPUS)),+cpu)
 BENCH_GPU := $(sort $(wildcard tests/bench/gpu_*.py))
 BENCH_CPU := $(sort $(filter-out $(BENCH_GPU) tests/bench/_%.py,$(wildcard tests/bench/*.py)))
 
-.PHONY: help setup quickstart test lint bench bench-gpu clean
+.PHONY: help setup quickstart test lint schema bench bench-gpu clean
 
 help:
 	@sed -n '1,/^$$/p' Makefile
@@ -88,6 +88,10 @@ lint: setup
 	for script in $(SCRIPTS); do run bash -n $$script; done; \
 	run shellcheck $(SCRIPTS); \
 	exit $$failed
+
+# What editors and readers know of the config's keys, from their types.
+schema: setup
+	$(BIN)/python -m shardtune.schema configs
 
 # Each benchmark prints one JSON line. A failing one does not stop the others, but make fails in the end.
 define run_benchmarks

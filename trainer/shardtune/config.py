@@ -59,6 +59,7 @@ class Seq2SeqConfig(TaskSection):
     """An encoder-decoder reads the source and writes the target."""
 
     kind: Literal["seq2seq"]
+    """What the model learns to do."""
     source: str | None = None
     """Field with the input text; dots reach inside: translation.de, answers.text.0."""
     target: str
@@ -71,6 +72,7 @@ class CausalConfig(TaskSection):
     """A decoder continues the source with the target (loss on the target), or a text (loss on all)."""
 
     kind: Literal["causal"]
+    """What the model learns to do."""
     source: str | None = None
     """Field with the text to continue."""
     target: str | None = None
@@ -85,6 +87,7 @@ class ClassificationConfig(TaskSection):
     """A classification head over the text; the labels are those of the training data."""
 
     kind: Literal["classification"]
+    """What the model learns to do."""
     text: str | None = None
     """Field with the text to classify."""
     label: str
@@ -126,12 +129,14 @@ class FullConfig(Section):
     """All weights are trained."""
 
     method: Literal["full"] = "full"
+    """Which parameters are trained."""
 
 
 class FreezeConfig(Section):
     """Some of the weights are trained, the others stay as they are."""
 
     method: Literal["freeze"]
+    """Which parameters are trained."""
     layers: Annotated[int, Field(ge=0)] = 0
     """How many layers, counted from the input (in the encoder and in the decoder each), stay frozen."""
     embeddings: bool = True
@@ -144,6 +149,7 @@ class LoraConfig(Section):
     """Low-rank adapters beside frozen linear layers (Hu et al. 2021, arXiv:2106.09685)."""
 
     method: Literal["lora"]
+    """Which parameters are trained."""
     rank: Positive = 16
     """Rank of the update."""
     alpha: Annotated[float, Field(gt=0)] = 32
@@ -264,9 +270,11 @@ class Config(Section):
     """Decides the order of the examples, random weights and dropout."""
     model: ModelConfig
     task: TaskConfig
+    """What the model learns to do, from which fields of the data."""
     data: DataConfig
     batch: BatchConfig = BatchConfig()
     tuning: TuningConfig = FullConfig()
+    """Which parameters are trained."""
     optimizer: OptimizerConfig = OptimizerConfig()
     strategy: StrategyConfig = StrategyConfig()
     duration: DurationConfig = DurationConfig(epochs=1)

@@ -138,6 +138,9 @@ Yaml12Loader.add_constructor(
     "tag:yaml.org,2002:float", lambda loader, node: float(node.value.replace(".inf", "inf").replace(".nan", "nan"))
 )
 
+NOT_YAML = (yaml.YAMLError, ValueError, KeyError, AttributeError, TypeError, RecursionError)
+"""What PyYAML raises: the latter ones where a scalar does not fit its explicit tag, or an alias contains itself."""
+
 
 @dataclass
 class Source:
@@ -201,12 +204,18 @@ def _read_file(path: Path, source: Source) -> None:
             raise ConfigError(f"{path}:1: a config is a mapping of keys to values")
         _note_places(node, (), source)
         source.values = loader.construct_document(node)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
+    except NOT_YAML as error:
+        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: not valid YAML: {error.problem or error.context}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+        raise ConfigError(f"{path}{line}: not valid YAML: {_what_is_wrong(error)}") from None
+
+
+def _what_is_wrong(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "an alias contains itself"
+    if isinstance(error, yaml.MarkedYAMLError):
+        return str(error.problem or error.context)
+    return " ".join(str(error).split()) if isinstance(error, yaml.YAMLError) else "a value does not fit its tag (!!…)"
 
 
 def _note_places(node: yaml.Node, key: tuple[str, ...], source: Source) -> None:
@@ -234,18 +243,20 @@ def _apply_override(override: str, source: Source) -> None:
         return
     try:
         value = yaml.load(text, Yaml12Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
-        source.problems.append(f"{COMMAND_LINE} {key}: the value is not valid YAML: {error}")
+    except NOT_YAML as error:
+        source.problems.append(f"{COMMAND_LINE} {key}: the value is not valid YAML: {_what_is_wrong(error)}")
         return
     section = source.values
-    for name in path[:-1]:
+    for depth, name in enumerate(path[:-1], 1):
         inner = section.get(name)
         if not isinstance(inner, dict):
             inner = section[name] = {}
+            source.places[path[:depth]] = COMMAND_LINE
         section = inner
-    # Choosing another kind, method or length replaces the old choice instead of standing beside it.
-    if path[0] == "duration" and len(path) == 2:
-        section.clear()
+    # Another length, or another method, replaces the file's choice (and the options of its method) instead of joining it.
+    if len(path) == 2 and (path[0] == "duration" or (path == ("tuning", "method") and section.get("method") != value)):
+        for name in [name for name in section if source.places.get((path[0], name)) != COMMAND_LINE]:
+            del section[name]
     section[path[-1]] = value
     for known in [known for known in source.places if known[: len(path)] == path]:
         del source.places[known]
@@ -268,14 +279,17 @@ def _explain(detail: ErrorDetails, source: Source) -> None:
         tag = context["discriminator"].strip("'")
         key, name = (*key, tag), f"{name}.{tag}"
         place = source.place(key)
-        message = _not_one_of(context["tag"], re.findall(r"'([^']*)'", context["expected_tags"]))
+        message = _not_one_of(given[tag] if isinstance(given, dict) else context["tag"], re.findall(r"'([^']*)'", context["expected_tags"]))
     elif kind == "literal_error":
         message = _not_one_of(given, re.findall(r"'([^']*)'|\b(True|False)\b", context["expected"]))
+    elif kind in {"too_short", "too_long"}:
+        count = context.get("min_length", context.get("max_length"))
+        message = f"should be a list of {count}, not {_show(given)}"
     elif kind in {"model_type", "model_attributes_type", "dict_type"}:
         message = f"expects a section of keys, not {_show(given)}"
     else:
         message = f"{detail['msg'][0].lower()}{detail['msg'][1:]}, not {_show(given)}"
-        message = message.replace("input should be", "should be").replace("a valid ", "a ")
+        message = message.replace("input should be", "should be").replace("a valid ", "a ").replace("a int", "an int")
     problem = f"{place} {name}: {message}"
     if problem not in source.problems:
         source.problems.append(problem)
@@ -287,7 +301,7 @@ def _show(value: object) -> str:
 
 def _not_one_of(given: object, allowed: list[Any]) -> str:
     names = [a if isinstance(a, str) else (a[0] or a[1].lower()) for a in allowed]
-    near = difflib.get_close_matches(str(given), names, 1, 0.5)
+    near = difflib.get_close_matches(str(given).lower(), names, 1, 0.5)
     hint = f"; did you mean {near[0]}?" if near else ""
     return f"{_show(given)} is not one of {', '.join(names)}{hint}"
 

@@ -56,7 +56,7 @@ def environment(command_line: list[str], strategy: str, devices: list[str]) -> d
         "ranks": len(devices),
         "strategy": strategy,
         "devices": devices,
-        "python": platform.pythonversion(),
+        "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {name: version(name) for name in LIBRARIES},
         "git_commit": _git_commit(),

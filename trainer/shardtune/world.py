@@ -150,6 +150,7 @@ def join_world() -> World:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if size == 1:  # FSDP2 and DeepSpeed want a group even then; it needs no port
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return World(0, 1, local_rank, device)
     try:

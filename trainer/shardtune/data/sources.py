@@ -44,7 +44,7 @@ def _stored(spec: str, split: str) -> Iterator[Row]:
         yield from _folder(path, split, named=False)
     elif path.exists():
         yield from read_file(path)
-    elif glob.has_magic(spec):
+    elif glob.has_magic(spec) and not HUB_ID.fullmatch(spec):  # a split of the hub can be a slice: train[:10%]
         for file in _matches(path):
             yield from read_file(file)
     elif folder and Path(folder).expanduser().is_dir():
