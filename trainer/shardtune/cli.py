@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -58,7 +59,9 @@ def _parser() -> Parser:
 
     evaluate = commands.add_parser("evaluate", help="judge a tuned model on a split")
     _add_config(evaluate)
-    evaluate.add_argument("--checkpoint", type=Path, metavar="PATH", help="a result's folder (default: the run's final)")
+    evaluate.add_argument(
+        "--checkpoint", type=Path, metavar="PATH", help="a result's folder (default: the run's final)"
+    )
     evaluate.add_argument("--split", choices=["validation", "test"], default="test", help="default: test")
     evaluate.set_defaults(run=_evaluate)
 
@@ -89,6 +92,10 @@ _add_training = _add_config
 
 def _guarded(work: Callable[[], int]) -> int:
     """Runs `work`; what a user can mend is said in a few lines, without a traceback."""
+    log = logging.getLogger("shardtune")
+    if not log.handlers:
+        log.addHandler(logging.StreamHandler())  # plain lines on standard error
+        log.setLevel(logging.INFO)
     try:
         return work()
     except FailedElsewhere as error:
@@ -177,7 +184,7 @@ def _train_here(options: argparse.Namespace, config: Config | None = None) -> in
 
         from shardtune.assemble.run import quiet_libraries, train_run
 
-        with quiet_libraries():
+        with quiet_libraries(), world.others_may_end():
             last_words = train_run(config, world, splits, sys.argv)
         if world.is_first:
             print(last_words, flush=True)

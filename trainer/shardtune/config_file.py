@@ -242,7 +242,7 @@ def _apply_override(override: str, source: Source) -> None:
         source.problems.append(f"{COMMAND_LINE} {override}: an override has the form key.path=value")
         return
     try:
-        value = yaml.load(text, Yaml12Loader)  # noqa: S506 - a SafeLoader
+        value = yaml.load(text, Yaml12Loader)
     except NOT_YAML as error:
         source.problems.append(f"{COMMAND_LINE} {key}: the value is not valid YAML: {_what_is_wrong(error)}")
         return
@@ -279,7 +279,10 @@ def _explain(detail: ErrorDetails, source: Source) -> None:
         tag = context["discriminator"].strip("'")
         key, name = (*key, tag), f"{name}.{tag}"
         place = source.place(key)
-        message = _not_one_of(given[tag] if isinstance(given, dict) else context["tag"], re.findall(r"'([^']*)'", context["expected_tags"]))
+        message = _not_one_of(
+            given[tag] if isinstance(given, dict) else context["tag"],
+            re.findall(r"'([^']*)'", context["expected_tags"]),
+        )
     elif kind == "literal_error":
         message = _not_one_of(given, re.findall(r"'([^']*)'|\b(True|False)\b", context["expected"]))
     elif kind in {"too_short", "too_long"}:

@@ -113,5 +113,3 @@ class Evaluator:
             path.write_text("".join(lines), encoding="utf-8")
         except OSError as error:
             raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from error
-
-

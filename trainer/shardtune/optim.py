@@ -44,9 +44,7 @@ def warmup_steps(warmup: float, total_steps: int) -> int:
     return int(warmup) if warmup >= 1 else math.ceil(total_steps * warmup)
 
 
-def parameter_groups(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float
-) -> list[dict[str, Any]]:
+def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
     """Groups for an optimizer: the parameters with weight decay, then biases and norms without it.
 
     Biases and norms are the parameters of fewer than two dimensions and those whose name ends in "bias". A

@@ -35,7 +35,11 @@ def key_tables() -> str:
         if "discriminator" not in info:
             section = definitions[_name(info)]
             meaning, default = _one_line(section["description"]), info.get("default", {})
-            parts += [f"### {name}", meaning, _table(f"{name}.", section["properties"], section.get("required", []), default)]
+            parts += [
+                f"### {name}",
+                meaning,
+                _table(f"{name}.", section["properties"], section.get("required", []), default),
+            ]
             continue
         meaning, choice = _one_line(info["description"]), info["discriminator"]["propertyName"]
         variants = {tag: definitions[_name({"$ref": ref})] for tag, ref in info["discriminator"]["mapping"].items()}
@@ -122,7 +126,9 @@ def _name(schema: Schema) -> str:
 def _without_titles(schema: Any) -> Any:
     """pydantic repeats each key as a title, which editors then show in place of the description."""
     if isinstance(schema, dict):
-        return {key: _without_titles(value) for key, value in schema.items() if key != "title" or isinstance(value, dict)}
+        return {
+            key: _without_titles(value) for key, value in schema.items() if key != "title" or isinstance(value, dict)
+        }
     return [_without_titles(item) for item in schema] if isinstance(schema, list) else schema
 
 

@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from types import FrameType
@@ -22,8 +21,8 @@ KNOWN_CODES = {0, 2, 3, 4, 5, 6, 7, 75}
 def spawn(command: Sequence[str], ranks: int, nodes: int, node_rank: int, rendezvous: str | None) -> int:
     """Runs `command` once for each rank of this machine. Returns the run's exit code.
 
-    The code is that of the first rank to fail; RankError's where a rank was killed or crashed. The remaining ranks
-    are ended then. SIGTERM, SIGINT and SIGUSR1 are passed on to the ranks.
+    The code is that of the first rank to fail, and the remaining ranks are ended then. Raises RankError where a rank
+    was killed or crashed. SIGTERM, SIGINT and SIGUSR1 are passed on to the ranks.
     """
     address, port = _address(rendezvous)
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // ranks))
@@ -64,8 +63,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], first_rank: int) -> int:
     if code in KNOWN_CODES:
         return code
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    print(f"shardtune: error (exit code {RankError.exit_code})\nrank {first_rank + index} {how}", file=sys.stderr)
-    return RankError.exit_code
+    raise RankError(f"rank {first_rank + index} {how}")
 
 
 def _address(rendezvous: str | None) -> tuple[str, int]:

@@ -9,7 +9,8 @@ import json
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and errors in the config or 
     import torch.distributed as dist
 
 POLL_SECONDS = 0.1
+READERS_SECONDS = 10.0
 SILENCE_LIMIT = timedelta(minutes=30)
 
 
@@ -72,9 +74,10 @@ class World:
         return [json.loads(r[: int(n)].numpy().tobytes()) for r, n in zip(received, sizes, strict=True)]
 
     def first_does(self, name: str, work: Callable[[], Any]) -> Any:
-        """Runs `work` on the first rank and gives every rank its JSON-like result; `name` is for debugging.
+        """Runs `work` on the first rank and gives every rank its JSON-like result; `name` says what it is.
 
-        All ranks call it in the same order. The others wait without a collective, however long it takes; if it fails, they raise FailedElsewhere.
+        All ranks call it in the same order. The others wait without a collective, however long it takes; if it fails,
+        they raise FailedElsewhere.
         """
         if self.store is None:
             return work()
@@ -86,6 +89,7 @@ class World:
             except BaseException as error:
                 code = error.exit_code if isinstance(error, ShardtuneError) else 1
                 self.store.set(key, json.dumps({"failed": code}))
+                self._wait_for_readers(key)
                 raise
             self.store.set(key, json.dumps({"result": result}))
             return result
@@ -93,8 +97,29 @@ class World:
             time.sleep(POLL_SECONDS)
         answer = json.loads(self.store.get(key))
         if "failed" in answer:
+            self.store.add(f"{key}/read", 1)
             raise FailedElsewhere(answer["failed"])
         return answer["result"]
+
+    def _wait_for_readers(self, key: str) -> None:
+        """The store may live in this process: it must not end before the others know why."""
+        assert self.store is not None
+        deadline = time.monotonic() + READERS_SECONDS
+        while self.store.add(f"{key}/read", 0) < self.size - 1 and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+
+    @contextmanager
+    def others_may_end(self) -> Iterator[None]:
+        """Turns a collective that failed because another rank has ended into a RankError: the cause is told there."""
+        try:
+            yield
+        except RuntimeError as error:
+            text = str(error)
+            if self.size > 1 and any(
+                sign in text for sign in ("Connection closed by peer", "Connection reset by peer")
+            ):
+                raise RankError(f"rank {self.rank}: another rank has ended; its own message says why") from None
+            raise
 
     def seed_everything(self, seed: int) -> None:
         """Seeds the random streams of this rank (dropout differs between ranks, weights do not use these)."""

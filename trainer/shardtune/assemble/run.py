@@ -192,7 +192,8 @@ def evaluated_splits(prepared: Prepared, limit: int) -> list[Split]:
 
 
 def _trained_tokenizer(config: Config, splits: Splits | None) -> str:
-    assert splits is not None and config.model.tokenizer is not None
+    assert splits is not None
+    assert config.model.tokenizer is not None
     pieces = int(config.model.tokenizer.removeprefix("train:"))
     key = fingerprint("tokenizer", 1, splits.fingerprint, pieces, config.task.kind)
     folder = cache_folder() / "tokenizers" / key
@@ -228,9 +229,7 @@ def _tokenize(
     return folders
 
 
-def _facts(
-    config: Config, world: World, prepared: Prepared, skeleton: Skeleton, model: nn.Module, kind: str
-) -> str:
+def _facts(config: Config, world: World, prepared: Prepared, skeleton: Skeleton, model: nn.Module, kind: str) -> str:
     """A few lines at the start: what is trained on what, and what was left out."""
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -260,7 +259,7 @@ def _last_words(folder: Path, config: Config, results: str, seconds: float) -> s
     lines = ["", results, ""] if results else [""]
     lines += [
         f"done in {seconds / 60:.1f} minutes; the result is in {folder / 'final'}",
-        f"  try it:       shardtune generate --run {folder} {'TEXT' if config.task.kind != 'seq2seq' else 'TEXT'}",
+        f"  try it:       shardtune generate --run {folder} TEXT",
         f"  see it:       tensorboard --logdir {folder / 'tensorboard'}",
         f"  read it:      {folder / 'predictions'}",
         f"  take it:      shardtune export --run {folder} --out DIR",

@@ -11,6 +11,7 @@ import ast
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import platform
 import re
@@ -24,6 +25,8 @@ from typing import NamedTuple
 
 from shardtune.data.tables import cache_folder, fingerprint
 from shardtune.errors import DataError, StorageError
+
+log = logging.getLogger(__name__)
 
 VERSION = 1
 """Of the extraction; a change of what is extracted needs another number, as results are cached."""
@@ -122,6 +125,7 @@ def python_docs() -> list[Pair]:
     cached = cache_folder() / "docs-python" / f"{key[:32]}.jsonl"
     pairs = _read_cache(cached)
     if pairs is None:
+        log.info("docs:python: reading the documentation of the installed packages; once, half a minute")
         pairs = extract([Path(sysconfig.get_path("stdlib")), *map(Path, packages)])
         if not pairs:
             raise DataError("docs:python: this Python installation comes without the sources of its packages")

@@ -132,7 +132,7 @@ class Recorder(TorchDispatchMode):
     ) -> None:
         if not target.is_contiguous() or any(isinstance(a, Tensor) for a in arguments):
             raise NotImplementedError(f"`{name}` on a strided view cannot be drawn piece by piece")
-        start = target.storage_offset()
+        start = int(target.storage_offset())
         self.recipe(target).operations.append(
             Operation(name, start, start + target.numel(), arguments, keywords, values)
         )

@@ -48,7 +48,7 @@ class Entry:
     def read(self, start: int, stop: int) -> Tensor:
         """Elements `start` to `stop` of the flattened tensor, 1-D, in the file's dtype."""
         out = torch.empty(stop - start, dtype=self.dtype)
-        buffer = memoryview(out.view(torch.uint8).numpy())
+        buffer = memoryview(out.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
         position, done = self.offset + start * self.dtype.itemsize, 0
         with self.file.open("rb", buffering=0) as file:
             file.seek(position)

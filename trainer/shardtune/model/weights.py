@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from shardtune.errors import ConfigError
 from shardtune.layers import layer_stacks
@@ -50,9 +50,8 @@ class InitialWeights:
                         f"the model's config says {list(parameter.shape)}"
                     )
                 self._tails[name] = stored
-            if (entry is None or name in self._tails) and not recipe.covers(parameter.numel()):
-                if entry is None or self._tails[name] < parameter.numel():
-                    raise ConfigError(f"model.weights: {recipe.name} is in no file and has no known initialization")
+            if self._tails.get(name, 0) < parameter.numel() and not recipe.covers(parameter.numel()):
+                raise ConfigError(f"model.weights: {recipe.name} is in no file and has no known initialization")
 
     def dtype(self, name: str) -> torch.dtype:
         """float32 for trained parameters, the compute dtype for frozen ones."""
@@ -83,7 +82,7 @@ def entries_by_parameter(
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if not isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
     wanted = _names_in_files(model, layers)
     shapes = dict.fromkeys([*wanted.values(), *wanted], 0)  # which names exist; the rest is of no interest here
     found: dict[str, Entry] = {}

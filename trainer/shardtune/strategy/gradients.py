@@ -10,7 +10,6 @@ from torch import Tensor
 
 from shardtune.world import World
 
-
 CHUNK = 2**18
 """Elements converted to float64 at once on a CPU: 2 MiB, so that they are summed while still in the cache."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,8 @@ class Replicated:
     def forward(self, last: bool) -> Iterator[None]:
         """Gradients are summed over ranks after the step's last micro-batch only."""
         waiting = isinstance(self.model, DistributedDataParallel) and not last
-        with self.model.no_sync() if waiting else nullcontext(), self._autocast():
+        silent = cast(DistributedDataParallel, self.model).no_sync() if waiting else nullcontext()
+        with silent, self._autocast():
             yield
 
     def backward(self, loss: Tensor) -> None:
@@ -94,6 +96,4 @@ class Replicated:
         return [p.grad for _, p in trained_parameters(self._module) if p.grad is not None]
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(
-            self._world.device.type, dtype=torch.bfloat16, enabled=self._dtype == torch.bfloat16
-        )
+        return torch.autocast(self._world.device.type, dtype=torch.bfloat16, enabled=self._dtype == torch.bfloat16)

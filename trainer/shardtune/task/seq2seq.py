@@ -15,7 +15,7 @@ from shardtune.task.tokens import generate, mask, pad, tokenize
 
 
 class Seq2Seq:
-    """Implements the Task protocol; the target is predicted from `decoder_start_token_id` on, its end token included."""
+    """Implements the Task protocol; the target is predicted from the decoder's start token on, end token included."""
 
     scores_texts = True
 

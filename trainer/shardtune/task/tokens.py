@@ -25,7 +25,6 @@ def tokenize(
     if not texts:
         return []
 
-
     def ids_of(some: Sequence[str], **options: Any) -> list[list[int]]:
         texts_given = {"text_target" if as_target else "text": list(some)}
         return tokenizer(**texts_given, **options, verbose=False, return_attention_mask=False)["input_ids"]  # pyright: ignore

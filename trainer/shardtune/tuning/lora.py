@@ -71,5 +71,7 @@ class Lora:
             matched = [name for name in linear if f".{name}".endswith(endings)]
         if not matched:
             kinds = sorted({name.rpartition(".")[2] for name in candidates})
-            raise ConfigError(f"tuning.targets: {self._targets!r} matches no linear layer; there are {', '.join(kinds)}")
+            raise ConfigError(
+                f"tuning.targets: {self._targets!r} matches no linear layer; there are {', '.join(kinds)}"
+            )
         return matched
