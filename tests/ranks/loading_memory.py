@@ -3,7 +3,6 @@
 Prints one JSON line for each model: bytes of all parameters, of the largest layer, and each rank's peak.
 """
 
-import ctypes
 import gc
 import json
 import sys
@@ -49,7 +48,6 @@ def measured(kind: str, folder: str, weights: str, world: World) -> dict[str, ob
     layers = [sum(size for name, size in sizes.items() if name.startswith(f"{layer}.")) for layer in layer_names(model)]
     beside = sum(sizes.values()) - sum(layers)
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # from here on VmHWM is a new peak
     held = load(kind, model, initial, world)

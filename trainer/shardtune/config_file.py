@@ -138,6 +138,16 @@ Yaml12Loader.add_constructor(
     "tag:yaml.org,2002:float", lambda loader, node: float(node.value.replace(".inf", "inf").replace(".nan", "nan"))
 )
 
+
+class _Yaml12Dumper(yaml.SafeDumper):
+    """Quotes strings that would be something else to a reader of YAML 1.1 or of 1.2, such as off and 1e5."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: yaml.SafeDumper.yaml_implicit_resolvers.get(first, []) + Yaml12Loader.yaml_implicit_resolvers.get(first, [])
+        for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *Yaml12Loader.yaml_implicit_resolvers}
+    }
+
+
 NOT_YAML = (yaml.YAMLError, ValueError, KeyError, AttributeError, TypeError, RecursionError)
 """What PyYAML raises: the latter ones where a scalar does not fit its explicit tag, or an alias contains itself."""
 
@@ -183,7 +193,7 @@ def load_config(path: Path, overrides: list[str]) -> Config:
 
 def dump_config(config: Config) -> str:
     """The resolved config as YAML that `load_config` reads back to the same config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Yaml12Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _read_file(path: Path, source: Source) -> None:

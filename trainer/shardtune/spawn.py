@@ -25,13 +25,11 @@ def spawn(command: Sequence[str], ranks: int, nodes: int, node_rank: int, rendez
     was killed or crashed. SIGTERM, SIGINT and SIGUSR1 are passed on to the ranks.
     """
     address, port = _address(rendezvous)
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // ranks))
     processes = []
     for local_rank in range(ranks):
         rank = node_rank * ranks + local_rank
         variables = rank_environment(rank, nodes * ranks, local_rank, ranks, address, port)
-        environment = {**os.environ, **variables, "OMP_NUM_THREADS": threads}
-        processes.append(subprocess.Popen(command, env=environment))
+        processes.append(subprocess.Popen(command, env={**os.environ, **variables}))
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         for process in processes:

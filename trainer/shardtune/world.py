@@ -173,6 +173,10 @@ def join_world() -> World:
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        # Ranks that each take all cores would fight for them; launchers differ in what they do about it.
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if size == 1:  # FSDP2 and DeepSpeed want a group even then; it needs no port
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
