@@ -10,7 +10,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,7 +114,7 @@ def started(words: Sequence[str], cache: Path, output: Path) -> Iterator[subproc
         yield process
     finally:
         for pid in marked(settings[MARK]):
-            with _gone_is_fine():
+            with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
                 os.kill(pid, 9)
         process.wait()
 
@@ -133,7 +133,7 @@ def marked(mark: str) -> list[int]:
     """The living processes that have `mark` in their environment."""
     wanted, found = f"{MARK}={mark}".encode(), []
     for entry in Path("/proc").glob("[0-9]*"):
-        with _gone_is_fine():
+        with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
             if wanted in (entry / "environ").read_bytes().split(b"\0"):
                 found.append(int(entry.name))
     return found
@@ -149,11 +149,3 @@ def free_port() -> int:
 def _until_gone(mark: str, seconds: float) -> list[int]:
     wait_for(lambda: not marked(mark), seconds)
     return marked(mark)
-
-
-@contextmanager
-def _gone_is_fine() -> Iterator[None]:
-    try:
-        yield
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
-        pass

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import tiny
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
+
+import tiny
 
 Row = dict[str, str]
 
@@ -70,6 +71,10 @@ def make_model(folder: Path, architecture: dict[str, Any], seed: int, dtype: tor
     return folder
 
 
+def load_tokenizer(folder: Path) -> Any:
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
 def read_rows(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
@@ -106,7 +111,8 @@ def sizes(task: str, batch: dict[str, Tensor]) -> tuple[int, int, int]:
 
 def train(
     model: nn.Module,
-    batches: Sequence[tuple[str, dict[str, Tensor]]],
+    task: str,
+    batches: Sequence[dict[str, Tensor]],
     peak: float,
     weight_decay: float,
     eps: float,
@@ -123,7 +129,7 @@ def train(
     )
     scheduler = transformers.get_linear_schedule_with_warmup(optimizer, warmup, len(batches))
     steps = []
-    for task, batch in batches:
+    for batch in batches:
         loss = model(**batch).loss
         loss.backward()
         gradients = [parameter.grad for parameter in trained.values() if parameter.grad is not None]
@@ -144,5 +150,14 @@ def evaluation_loss(model: nn.Module, task: str, batch: dict[str, Tensor]) -> fl
         return model(**batch).loss.item()
 
 
-def load_tokenizer(folder: Path) -> Any:
-    return transformers.AutoTokenizer.from_pretrained(folder)
+def predict(model: Any, tokenizer: Any, task: str, row: Row) -> str:
+    """What the model makes of one row, greedily and in at most six tokens."""
+    model.eval()
+    source = tokenizer(row["text"], truncation=True, max_length=SOURCE_LIMIT, return_tensors="pt")
+    source = {"input_ids": source["input_ids"], "attention_mask": source["attention_mask"]}
+    with torch.no_grad():
+        if task == "classification":
+            return ["no", "pet"][int(model(**source).logits.argmax())]
+        written = model.generate(**source, max_new_tokens=6, do_sample=False)[0]
+    new = written[source["input_ids"].shape[1] :] if task == "causal" else written
+    return tokenizer.decode(new, skip_special_tokens=True).strip()

@@ -1,223 +1,254 @@
 """The same run on any layout: strategies, ranks, micro-batches and batching decide only how a step is computed.
 
-All runs happen before the first test, in two process groups: one of one rank, one of two.
+The runs of the tests selected happen before the first of them, in two process groups: one of one rank, one of two.
+SHARDTUNE_TEST_SEED repeats a failure.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import random
-import subprocess
-import sys
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
-import plain
 import pytest
-import tiny
 import torch
-from safetensors import safe_open
+from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 
+import plain
+from layouts import (
+    CLIPPED,
+    DRAWN,
+    FROZEN,
+    KEPT,
+    LLAMA,
+    LORA,
+    LORA_T5,
+    OTHERS,
+    ROUNDED,
+    RUNS,
+    SHUFFLED,
+    SINGLE,
+    STEPS,
+    T5,
+    TRAINED,
+    UNTRAINED_ADAPTERS,
+    Done,
+    Run,
+    launch_all,
+)
+
 pytestmark = pytest.mark.timeout(1200)  # the runs count towards the first test
 
-STEPS = 20
-SHARDED = ["fsdp2", "zero1", "zero2", "zero3"]
-TWO_RANKS = ["ddp", *SHARDED]
-EXAMPLES = {"t5": 49, "llama": 53}
-"""A last step of one example leaves a rank without any; one of five does not divide into micro-batches."""
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    **tiny.ARCHITECTURES,
-    "t5-untied": {**tiny.ARCHITECTURES["t5"], "tie_word_embeddings": False},
-    "llama-tied": {**tiny.ARCHITECTURES["llama"], "tie_word_embeddings": True},
-}
-CLIPPED = 1.0
-"""Well below the gradient norms of these models."""
 
-
-class Run(NamedTuple):
-    """A group's runs differ in their layout only."""
-
-    group: str
-    model: str
-    strategy: str
-    ranks: int
-    accumulation: int = 2
-    options: dict[str, Any] = {}
-
-    @property
-    def name(self) -> str:
-        batching = self.options.get("data__batching", "padded")
-        return f"{self.group}-{self.strategy}-{self.ranks}ranks-{self.accumulation}micro-{batching}"
-
-
-def layouts(group: str, model: str, ranks: tuple[int, ...] = (2,), **options: Any) -> list[Run]:
-    """The group on one process and under every strategy, with two micro-batches."""
-    runs = [Run(group, model, "single", 1, options=options)]
-    return runs + [Run(group, model, kind, count, options=options) for kind in TWO_RANKS for count in ranks]
-
-
-def matrix(model: str, batchings: list[str], **options: Any) -> list[Run]:
-    """Every strategy on one and two ranks with 1, 2 and 8 micro-batches."""
-    kinds = [("single", 1), *((kind, ranks) for kind in TWO_RANKS for ranks in (1, 2))]
-    return [
-        Run(model, model, kind, ranks, accumulation, {**options, "data__batching": batching})
-        for accumulation, batching in zip((1, 2, 8), batchings, strict=True)
-        for kind, ranks in kinds
-    ]
-
-
-MATRIX = [
-    *matrix("t5", ["padded", "grouped", "padded"], optimizer__max_grad_norm=CLIPPED),
-    *matrix("llama", ["grouped", "padded", "grouped"], optimizer__max_grad_norm=None),
-]
-SHUFFLED = layouts("shuffled", "t5", data__shuffle=True)
-LORA = layouts("lora", "llama", tuning={"method": "lora", "rank": 1, "alpha": 4})
-LORA_T5 = [run for run in layouts("lora-t5", "t5", tuning={"method": "lora", "rank": 3}) if run.strategy != "zero1"]
-FROZEN = layouts("frozen", "t5", tuning={"method": "freeze", "layers": 1, "embeddings": True})
-OTHERS = [
-    Run(model, model, kind, ranks, options={"optimizer__eps": 1e-4})  # the keys' biases have gradients of pure noise
-    for model in ("t5-untied", "llama-tied", "bart", "gpt2", "bert")
-    for kind, ranks in (("single", 1), ("fsdp2", 2), ("zero3", 2))
-]
-UNTRAINED = [
-    *layouts("drawn", "t5", (1, 2), duration__steps=0, model__weights="random"),
-    *layouts("drawn-gpt2", "gpt2", duration__steps=0, model__weights="random"),
-    *layouts("kept", "t5", duration__steps=0),
-    *layouts("kept-in-bf16", "t5", (1, 2), duration__steps=0, model__dtype="bfloat16"),
-    *layouts("kept-bf16", "t5-bf16", duration__steps=0, model__dtype="bfloat16"),
-    *layouts("kept-llama", "llama-tied", duration__steps=0, model__dtype="bfloat16"),
-]
-ROUNDED = [
-    *layouts("t5-in-bf16", "t5", model__dtype="bfloat16"),
-    *layouts("llama-in-bf16", "llama", model__dtype="bfloat16"),
-]
-RUNS = [*MATRIX, *SHUFFLED, *LORA, *LORA_T5, *FROZEN, *OTHERS, *UNTRAINED, *ROUNDED]
-FULL = [*MATRIX, *SHUFFLED, *FROZEN, *OTHERS]
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Done]:
+    seed = int(os.environ.get("SHARDTUNE_TEST_SEED") or random.SystemRandom().randrange(2**31))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more only wait for each other on models this small
+    made = Done(tmp_path_factory.mktemp("layouts"), seed)
+    parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    selected = {params["run"].name for params in parameters if isinstance(params.get("run"), Run)}
+    selected |= {run.name for run in [*SINGLE.values(), *UNTRAINED_ADAPTERS]}  # the others are compared with them
+    launch_all(made, [run for run in RUNS if run.name in selected])
+    yield made
+    torch.set_num_threads(threads)
 
 
 def by_name(runs: list[Run]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("run", runs, ids=lambda run: run.name)
 
 
-class Done:
-    """The runs' folders."""
-
-    def __init__(self, folder: Path, seed: int) -> None:
-        self.folder = folder
-        self.seed = seed
-        self.logs: dict[int, str] = {}
-        self._plain: dict[str, tuple[list[plain.Step], torch.nn.Module]] = {}
-
-    def model(self, name: str) -> Path:
-        """The folder that a run begins from; made when first asked for."""
-        folder = self.folder / "models" / name
-        if not folder.exists():
-            dtype = torch.bfloat16 if name.endswith("-bf16") else torch.float32
-            plain.make_model(folder, ARCHITECTURES[name.removesuffix("-bf16")], self.seed, dtype)
-        return folder
-
-    def config(self, run: Run) -> Path:
-        task = plain.task_of(ARCHITECTURES[run.model.removesuffix("-bf16")]["model_type"])
-        limits = {"max_source_tokens": plain.SOURCE_LIMIT}
-        if task != "classification":
-            limits["max_target_tokens"] = plain.TARGET_LIMIT
-        options: dict[str, Any] = {
-            "name": run.name,
-            "runs": str(self.folder / "runs"),
-            "seed": self.seed % 1000,
-            "model__path": str(self.model(run.model)),
-            "model__weights": "pretrained",
-            "model__tokenizer": None,
-            "task": {**tiny.TASKS[task], **limits},
-            "data__train": str(self.folder / f"{examples(run)}.jsonl"),
-            "data__validation": str(self.folder / "validation.jsonl"),
-            "data__shuffle": False,
-            "batch": {"examples": 16, "micro_examples": 16 // run.ranks // run.accumulation},
-            "optimizer__warmup": 3,
-            "optimizer__weight_decay": 0.1,
-            "duration__steps": STEPS,
-            "strategy__kind": run.strategy,
-            "evaluation__examples": 7,
-            **run.options,
-        }
-        return tiny.tiny_config(self.folder / "configs" / run.name, "t5", **options)
-
-    def path(self, run: Run) -> Path:
-        """The run's folder. Fails the test where the run did not come to its end."""
-        folder = self.folder / "runs" / run.name
-        if not (folder / "final").is_dir():
-            pytest.fail(f"{run.name} did not finish; seed {self.seed}\n{self.logs[run.ranks][-6000:]}")
-        return folder
-
-    def metrics(self, run: Run) -> tuple[list[dict[str, float]], dict[str, Any]]:
-        """The lines of the steps, and the last evaluation."""
-        lines = [json.loads(line) for line in (self.path(run) / "metrics.jsonl").read_text().splitlines()]
-        return [line for line in lines if "grad_norm" in line], [line for line in lines if "split" in line][-1]
-
-    def final(self, run: Run, file: str = "model.safetensors") -> dict[str, Tensor]:
-        return load_file(self.path(run) / "final" / file)
-
-    def plain_loop(self, run: Run) -> tuple[list[plain.Step], torch.nn.Module]:
-        """What a plain loop makes of the run's examples, and the model after it."""
-        options = run.options
-        key = f"{run.model} {options.get('optimizer__max_grad_norm')} {options.get('optimizer__eps')}"
-        if key not in self._plain:
-            folder = self.model(run.model)
-            task = plain.task_of(ARCHITECTURES[run.model]["model_type"])
-            model = plain.AUTO[task].from_pretrained(folder)
-            tokenizer = plain.load_tokenizer(folder)
-            rows, batches = plain.read_rows(self.folder / f"{examples(run)}.jsonl"), []
-            while len(batches) < STEPS:
-                batches += [
-                    (task, plain.batch_of(tokenizer, task, rows[start : start + 16])) for start in range(0, len(rows), 16)
-                ]
-            clip = options.get("optimizer__max_grad_norm", 1.0)
-            eps = options.get("optimizer__eps", 1e-8)
-            self._plain[key] = plain.train(model, batches[:STEPS], 1e-3, 0.1, eps, 3, clip), model
-        return self._plain[key]
+def farthest(got: Sequence[float], wanted: Sequence[float]) -> float:
+    """The largest relative difference."""
+    return max(abs(a - b) / abs(b) for a, b in zip(got, wanted, strict=True))
 
 
-def examples(run: Run) -> int:
-    return EXAMPLES.get(run.model.split("-")[0], 49)
+def assert_same_course(done: Done, run: Run, losses: Sequence[float], norms: Sequence[float], limit: float) -> None:
+    steps, _ = done.metrics(run)
+    assert [step["step"] for step in steps] == list(range(1, STEPS + 1))
+    far = farthest([step["loss"] for step in steps], losses), farthest([step["grad_norm"] for step in steps], norms)
+    assert max(far) <= limit, f"loss and gradient norm differ by {far}; seed {done.seed}"
 
 
-def launch(done: Done, ranks: int) -> None:
-    """Trains the runs of so many ranks, one after the other."""
-    configs = [str(done.config(run)) for run in RUNS if run.ranks == ranks]
-    script = str(Path(__file__).parent / "ranks" / "train_many.py")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    variables = {
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-        "SHARDTUNE_CACHE": str(done.folder / f"cache-{ranks}"),
-        "OMP_NUM_THREADS": "1",
+def assert_same_tensors(done: Done, got: dict[str, Tensor], wanted: dict[str, Tensor], limit: float) -> None:
+    """Names, dtypes and shapes, and the values to a relative norm, or bit for bit if `limit` is 0."""
+    assert {n: (t.dtype, t.shape) for n, t in got.items()} == {n: (t.dtype, t.shape) for n, t in wanted.items()}
+    far = {
+        name: float((got[name].double() - wanted[name].double()).norm() / wanted[name].double().norm())
+        for name in wanted
+        if not torch.equal(got[name], wanted[name])
     }
-    log = done.folder / f"{ranks}-ranks.log"
-    with log.open("w") as out:
-        command = [sys.executable, *(torchrun if ranks > 1 else []), script, *configs]
-        subprocess.run(command, env={**os.environ, **variables}, stdout=out, stderr=out, timeout=1000)
-    done.logs[ranks] = log.read_text()
+    assert all(value <= limit for value in far.values()), f"{far}; seed {done.seed}"
 
 
-@pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
-    seed = int(os.environ.get("SHARDTUNE_TEST_SEED") or random.SystemRandom().randrange(2**31))
-    print(f"seed {seed}")
-    done = Done(tmp_path_factory.mktemp("layouts"), seed)
-    for count in {*EXAMPLES.values()}:
-        tiny.write_rows(done.folder / f"{count}.jsonl", tiny.rows(count, seed + count))
-    tiny.write_rows(done.folder / "validation.jsonl", tiny.rows(9, seed + 1))
-    for run in RUNS:
-        done.model(run.model)
-    threads = [threading.Thread(target=launch, args=(done, ranks)) for ranks in (1, 2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    yield done
+# --------------------------------------------------------------------------------- losses and gradients
+
+
+@by_name([run for run in TRAINED if run.group != "shuffled"])
+def test_every_layout_trains_as_a_plain_loop_over_whole_steps(done: Done, run: Run) -> None:
+    wanted, _ = done.plain_loop(run)
+    assert_same_course(done, run, [step.loss for step in wanted], [step.grad_norm for step in wanted], 1e-5)
+    assert farthest([1 + step["lr"] for step in done.metrics(run)[0]], [1 + step.lr for step in wanted]) < 1e-12
+
+
+def test_the_plain_loops_reach_what_they_are_for(done: Done) -> None:
+    t5, llama = done.plain_loop(T5[0])[0], done.plain_loop(LLAMA[0])[0]
+    assert all(step.grad_norm > CLIPPED for step in t5), f"nothing to clip; seed {done.seed}"
+    assert t5[-1].loss < 0.8 * t5[0].loss, f"seed {done.seed}"
+    assert llama[-1].loss < 0.8 * llama[0].loss, f"seed {done.seed}"
+    assert len({step.targets for step in t5}) > 1, f"seed {done.seed}"
+    assert len({step.targets for step in llama}) > 1, f"seed {done.seed}"
+
+
+@by_name(SHUFFLED)
+def test_shuffling_does_not_depend_on_the_layout(done: Done, run: Run) -> None:
+    wanted, _ = done.metrics(SINGLE["shuffled"])
+    assert_same_course(done, run, [step["loss"] for step in wanted], [step["grad_norm"] for step in wanted], 1e-5)
+    # Every epoch visits each example once, in an order of its own.
+    in_order, _ = done.metrics(T5[0])
+    steps, _ = done.metrics(run)
+    ends = range(3, STEPS, 4)
+    assert [steps[end]["target_tokens"] for end in ends] == [in_order[end]["target_tokens"] for end in ends]
+    counted = np.diff([0, *(step["target_tokens"] for step in steps)]).reshape(-1, 4)
+    assert len({tuple(epoch) for epoch in counted.tolist()}) > 1, f"seed {done.seed}"
+    assert abs(steps[0]["loss"] / in_order[0]["loss"] - 1) > 1e-4, f"seed {done.seed}"
+
+
+@by_name([*T5, *LLAMA, *(run for run in OTHERS if run.model == "bert")])
+def test_counts(done: Done, run: Run) -> None:
+    """Tokens, targets and examples since the start, and each step's share of padding."""
+    rows, tokenizer = done.rows(run), plain.load_tokenizer(done.model(run.model))
+    wanted = []
+    examples = tokens = targets = 0
+    for step in range(STEPS):
+        at = step % -(-len(rows) // 16) * 16
+        taken = rows[at : at + 16]
+        new_tokens, new_targets, _ = plain.sizes(run.task, plain.batch_of(tokenizer, run.task, taken))
+        examples, tokens, targets = examples + len(taken), tokens + new_tokens, targets + new_targets
+        runs = -(-len(taken) // (16 // run.accumulation)) * run.ranks
+        slots = 0
+        for part in np.array_split(np.arange(len(taken)), runs):
+            # A rank without an example computes on the step's first one, which does not count.
+            some = [taken[index] for index in part] or taken[:1]
+            slots += plain.sizes(run.task, plain.batch_of(tokenizer, run.task, some))[2]
+        wanted.append((examples, tokens, targets, 1 - new_tokens / slots))
+    steps, _ = done.metrics(run)
+    counts = [tuple(step[key] for key in ("examples", "tokens", "target_tokens")) for step in steps]
+    assert counts == [row[:3] for row in wanted], f"seed {done.seed}"
+    got = [step["padding_share"] for step in steps]
+    if run.batching == "padded":
+        assert got == pytest.approx([row[3] for row in wanted], abs=1e-12), f"seed {done.seed}"
+    elif 1 < 16 // run.ranks // run.accumulation < 16:  # else there is nothing to group, or nothing to group by
+        assert sum(got) < 0.9 * sum(row[3] for row in wanted), f"seed {done.seed}"
+
+
+@by_name(ROUNDED)
+def test_bfloat16_trains_nearly_as_float32(done: Done, run: Run) -> None:
+    steps, judged = done.metrics(run)
+    single, single_judged = done.metrics(SINGLE[run.group])
+    exact, _ = done.plain_loop(SINGLE[run.model])
+    losses = [step["loss"] for step in steps]
+    assert losses[-1] < 0.8 * losses[0], f"{losses}; seed {done.seed}"
+    assert farthest(losses, [step["loss"] for step in single]) < 0.03, f"seed {done.seed}"
+    assert farthest(losses, [step.loss for step in exact]) < 0.03, f"seed {done.seed}"
+    assert losses != [step.loss for step in exact]
+    assert judged["loss"] == pytest.approx(single_judged["loss"], rel=0.03), f"seed {done.seed}"
+
+
+# ------------------------------------------------------------------------------------------ evaluation
+
+
+@by_name([run for run in [*T5, *LLAMA, *KEPT, *LORA, *OTHERS] if run.option("model__dtype", "") != "bfloat16"])
+def test_evaluation_is_that_of_the_result_in_one_process(done: Done, run: Run) -> None:
+    _, judged = done.metrics(run)
+    _, single = done.metrics(SINGLE[run.group])
+    assert judged.pop("loss") == pytest.approx(single.pop("loss"), rel=1e-5), f"seed {done.seed}"
+    assert judged == single, f"seed {done.seed}"
+    assert done.predictions(run) == done.predictions(SINGLE[run.group]), f"seed {done.seed}"
+
+
+@by_name([SINGLE[group] for group in ("t5", "llama", "kept", "lora", "bert")])
+def test_evaluation_is_what_the_libraries_say_of_the_result(done: Done, run: Run) -> None:
+    """Loaded by transformers or peft; each example alone, so without padding."""
+    model, rows = done.load(run), done.judged()
+    tokenizer = plain.load_tokenizer(done.path(run) / "final")
+    loss = plain.evaluation_loss(model, run.task, plain.batch_of(tokenizer, run.task, rows))
+    assert done.metrics(run)[1]["loss"] == pytest.approx(loss, rel=1e-5), f"seed {done.seed}"
+    references = [row["label" if run.task == "classification" else "summary"] for row in rows]
+    wanted = [
+        {"source": row["text"], "reference": reference, "prediction": plain.predict(model, tokenizer, run.task, row)}
+        for row, reference in zip(rows, references, strict=True)
+    ]
+    assert done.predictions(run) == wanted, f"seed {done.seed}"
+    if run.group == "kept":  # or a mixed-up order would go unnoticed
+        assert len({row["prediction"] for row in wanted}) > 1, f"seed {done.seed}"
+
+
+# --------------------------------------------------------------------------------------------- results
+
+
+@by_name(TRAINED)
+def test_the_result_is_that_of_one_process(done: Done, run: Run) -> None:
+    assert_same_tensors(done, done.final(run), done.final(SINGLE[run.group]), 1e-4)
+
+
+@by_name([run for run in SINGLE.values() if run in TRAINED and run.group != "shuffled"])
+def test_the_result_is_that_of_the_plain_loop(done: Done, run: Run) -> None:
+    _, model = done.plain_loop(run)
+    state = get_peft_model_state_dict(model) if run.makes_adapter else model.state_dict()
+    got = done.final(run)
+    assert_same_tensors(done, got, {name: state[name] for name in got}, 1e-4)
+
+
+@by_name(LORA + LORA_T5)
+def test_adapters_grow(done: Done, run: Run) -> None:
+    grown = {name: tensor.abs().max() for name, tensor in done.final(run).items() if "lora_B" in name}
+    assert grown
+    assert all(value > 1e-4 for value in grown.values()), f"{grown}; seed {done.seed}"
+
+
+@by_name(FROZEN)
+def test_what_is_frozen_stays_bit_for_bit(done: Done, run: Run) -> None:
+    begun, got = load_file(done.model("t5") / "model.safetensors"), done.final(run)
+    frozen = ("shared.", "encoder.block.0.", "decoder.block.0.")
+    assert {n for n in got if torch.equal(got[n], begun[n])} == {n for n in got if n.startswith(frozen)}
+
+
+@by_name(KEPT)
+def test_without_a_step_the_result_is_the_pretrained_file(done: Done, run: Run) -> None:
+    assert_same_tensors(done, done.final(run), load_file(done.model(run.model) / "model.safetensors"), 0)
+
+
+@by_name(DRAWN)
+def test_drawn_weights_do_not_depend_on_the_layout(done: Done, run: Run) -> None:
+    drawn = done.final(run)
+    assert_same_tensors(done, drawn, done.final(SINGLE[run.group]), 0)
+    begun = load_file(done.model(run.model) / "model.safetensors")
+    assert not any(torch.equal(drawn[n], begun[n]) for n in drawn if n.endswith("wte.weight") or n == "shared.weight")
+
+
+@by_name([run for run in [*TRAINED, *DRAWN, *KEPT] if run.accumulation == 2 and not run.makes_adapter])
+def test_transformers_loads_the_result_and_would_write_the_same_names(done: Done, run: Run, tmp_path: Path) -> None:
+    model = done.load(run)
+    model.save_pretrained(str(tmp_path))
+    assert_same_tensors(done, done.final(run), load_file(tmp_path / "model.safetensors"), 0)
+    written, begun = (
+        json.loads((f / "config.json").read_text()) for f in (done.path(run) / "final", done.model(run.model))
+    )
+    assert written == {**begun, "dtype": "bfloat16" if run.model.endswith("-bf16") else "float32"}
+    tokenizers = [plain.load_tokenizer(f) for f in (done.path(run) / "final", done.model(run.model))]
+    rows = [row["text"] for row in done.rows(run)]
+    assert tokenizers[0](rows)["input_ids"] == tokenizers[1](rows)["input_ids"]
+
+
+@by_name(LORA + LORA_T5)
+def test_peft_loads_the_result_and_would_write_the_same(done: Done, run: Run, tmp_path: Path) -> None:
+    model = done.load(run)
+    model.save_pretrained(str(tmp_path))
+    assert_same_tensors(done, done.final(run), load_file(tmp_path / "adapter_model.safetensors"), 0)
+    assert {tensor.dtype for tensor in done.final(run).values()} == {torch.float32}

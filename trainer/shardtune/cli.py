@@ -7,15 +7,20 @@ import errno
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from shardtune.errors import ConfigError, FailedElsewhere, ShardtuneError, StorageError
+from shardtune.errors import ConfigError, FailedElsewhere, NumbersError, ShardtuneError, StorageError
 
 if TYPE_CHECKING:
     from shardtune.config import Config
 
+FOUND_BY_ALL = (ConfigError, NumbersError)
+"""Errors that every rank runs into; one of them says it."""
+SPEAKING_SECONDS = 2.0
+"""How long the others wait while one rank says what is wrong."""
 STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -99,7 +104,7 @@ def _guarded(work: Callable[[], int]) -> int:
     try:
         return work()
     except FailedElsewhere as error:
-        return error.exit_code
+        return _leave_second(error)
     except ShardtuneError as error:
         return _failed(error)
     except KeyboardInterrupt:
@@ -112,8 +117,18 @@ def _guarded(work: Callable[[], int]) -> int:
 
 
 def _failed(error: ShardtuneError) -> int:
+    from shardtune.world import launched_rank
+
+    if launched_rank() > 0 and isinstance(error, FOUND_BY_ALL):
+        return _leave_second(error)
     # torchrun turns every failure into 1, so the code is also said.
     print(f"shardtune: error (exit code {error.exit_code})\n{error}", file=sys.stderr, flush=True)
+    return error.exit_code
+
+
+def _leave_second(error: ShardtuneError) -> int:
+    """A rank that has nothing to say: the first to leave makes the launcher end the others, who may still speak."""
+    time.sleep(SPEAKING_SECONDS)
     return error.exit_code
 
 
@@ -153,15 +168,10 @@ def _train_here(options: argparse.Namespace, config: Config | None = None) -> in
     from shardtune.run_folder import is_finished, set_aside
     from shardtune.world import join_world, launched_rank, launched_ranks
 
-    try:
-        config = config or _config(options)
-        ranks, rank = launched_ranks() or 1, launched_rank()
-        _check_ranks(config, ranks)
-        check_model_path(config)
-    except ConfigError:
-        if launched_rank() == 0:
-            raise
-        return ConfigError.exit_code  # every rank finds the same; one says it
+    config = config or _config(options)
+    ranks, rank = launched_ranks() or 1, launched_rank()
+    _check_ranks(config, ranks)
+    check_model_path(config)
     folder = Path(config.runs) / config.name
     if config.checkpoint.resume == "auto" and is_finished(folder):
         if rank == 0:

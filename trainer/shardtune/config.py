@@ -306,7 +306,7 @@ def conflicts(config: Config) -> Iterator[tuple[str, str]]:
         yield "duration", "give exactly one of duration.epochs and duration.steps"
     if model.tokenizer and model.tokenizer.startswith("train:"):
         pieces = model.tokenizer.removeprefix("train:")
-        if not pieces.isdigit() or int(pieces) < 300:
+        if not (pieces.isascii() and pieces.isdigit()) or int(pieces) < 300:
             yield "model.tokenizer", "train:N needs a whole number N of pieces, at least 300 (256 are the bytes)"
         if model.weights == "pretrained":
             yield (

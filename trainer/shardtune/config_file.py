@@ -6,7 +6,7 @@ import difflib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -135,7 +135,8 @@ def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
 
 Yaml12Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 Yaml12Loader.add_constructor(
-    "tag:yaml.org,2002:float", lambda loader, node: float(node.value.replace(".inf", "inf").replace(".nan", "nan"))
+    "tag:yaml.org,2002:float",
+    lambda loader, node: float(node.value.lower().replace(".inf", "inf").replace(".nan", "nan")),
 )
 
 
@@ -143,7 +144,8 @@ class _Yaml12Dumper(yaml.SafeDumper):
     """Quotes strings that would be something else to a reader of YAML 1.1 or of 1.2, such as off and 1e5."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
-        first: yaml.SafeDumper.yaml_implicit_resolvers.get(first, []) + Yaml12Loader.yaml_implicit_resolvers.get(first, [])
+        first: yaml.SafeDumper.yaml_implicit_resolvers.get(first, [])
+        + Yaml12Loader.yaml_implicit_resolvers.get(first, [])
         for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *Yaml12Loader.yaml_implicit_resolvers}
     }
 
@@ -263,7 +265,7 @@ def _apply_override(override: str, source: Source) -> None:
             inner = section[name] = {}
             source.places[path[:depth]] = COMMAND_LINE
         section = inner
-    # Another length, or another method, replaces the file's choice (and the options of its method) instead of joining it.
+    # Another length or method replaces the file's choice, with the options of its method, instead of joining it.
     if len(path) == 2 and (path[0] == "duration" or (path == ("tuning", "method") and section.get("method") != value)):
         for name in [name for name in section if source.places.get((path[0], name)) != COMMAND_LINE]:
             del section[name]
@@ -283,8 +285,13 @@ def _explain(detail: ErrorDetails, source: Source) -> None:
     elif kind == "missing":
         message = "is missing"
     elif kind == "union_tag_not_found":
-        name += "." + context["discriminator"].strip("'")
-        message = "is missing"
+        tag = context["discriminator"].strip("'")
+        near = difflib.get_close_matches(tag, map(str, given) if isinstance(given, dict) else [], 1, 0.6)
+        if near:  # the other keys are checked once it is known which there are
+            place, name = source.place((*key, near[0])), f"{name}.{near[0]}"
+            message = f"unknown key; did you mean {'.'.join(key)}.{tag}?"
+        else:
+            name, message = f"{name}.{tag}", "is missing"
     elif kind == "union_tag_invalid":
         tag = context["discriminator"].strip("'")
         key, name = (*key, tag), f"{name}.{tag}"
@@ -338,6 +345,8 @@ def _unknown_key(key: tuple[str, ...], source: Source) -> str:
     siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == ".".join(key[:-1])]
     here = difflib.get_close_matches(key[-1], siblings, 1, 0.75)
     alias = ALIASES.get(key[-1])
+    if alias and (len(key) == 1 or alias.partition(".")[0] == key[0]):
+        return f"unknown key; did you mean {alias}?"
     if here:
         return f"unknown key; did you mean {'.'.join((*key[:-1], here[0]))}?"
     if alias:
@@ -360,8 +369,8 @@ def keys_of(model: type[BaseModel], values: dict[str, Any], prefix: str = "") ->
         given = values.get(name) if isinstance(values, dict) else None
         if info.discriminator:
             tag = given.get(info.discriminator) if isinstance(given, dict) else None
-            variants = [v for v in getattr(chosen, "__args__", ()) if issubclass(v, BaseModel)]
-            matching = [v for v in variants if tag in v.model_fields[str(info.discriminator)].annotation.__args__]
+            variants = [v for v in get_args(chosen) if issubclass(v, BaseModel)]
+            matching = [v for v in variants if tag in get_args(v.model_fields[str(info.discriminator)].annotation)]
             chosen = (matching or variants)[0]
         if isinstance(chosen, type) and issubclass(chosen, BaseModel):
             found += keys_of(chosen, given if isinstance(given, dict) else {}, f"{prefix}{name}.")

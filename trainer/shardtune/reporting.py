@@ -69,7 +69,7 @@ class Reporter:
             self._since.clear()
         self.progress.step(state.step, report.loss, report.lr, tokens_per_second)
         if state.step % self._evaluate_every == 0 and state.step < self._total_steps:
-            self.evaluate(self._splits[:1])
+            self.evaluate([split for split in self._splits if split.name == "validation"])
 
     def _log(self, report: StepReport, seconds: float, tokens_per_second: float) -> None:
         if self._metrics_file is None:

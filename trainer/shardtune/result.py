@@ -6,17 +6,18 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
-from peft import PeftModel
-from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shardtune.errors import StorageError
 from shardtune.protocols import Strategy, Weights
+
+if TYPE_CHECKING:  # peft takes seconds to import, and most runs train no adapter
+    from peft import PeftModel
 
 SHARD_BYTES = 5_000_000_000
 """Largest file of a model, and about what the first rank holds of it at once."""
@@ -30,6 +31,7 @@ def write_result(
     tokenizer: PreTrainedTokenizerBase,
     labels: Sequence[str],
     stored_dtype: torch.dtype,
+    is_adapter: bool,
     is_first: bool,
 ) -> None:
     """Writes the result of tuning `model`, which has been prepared by `strategy`; all ranks call it.
@@ -47,8 +49,8 @@ def write_result(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         present = ((name, cast(Tensor, tensor)) for name, tensor in trained)
-        if isinstance(model, PeftModel):
-            _write_adapter(partial, model, present)
+        if is_adapter:
+            _write_adapter(partial, cast("PeftModel", model), present)
         else:
             base = cast(PreTrainedModel, model)
             _write_model(partial, base, _all_tensors(base, present, weights), stored_dtype)
@@ -113,6 +115,8 @@ def _write_model(
 
 
 def _write_adapter(folder: Path, model: PeftModel, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    from peft.utils import get_peft_model_state_dict
+
     state = get_peft_model_state_dict(model, state_dict=dict(tensors), save_embedding_layers=False)
     save_file({name: t.contiguous() for name, t in state.items()}, str(folder / "adapter_model.safetensors"))
     settings = model.peft_config["default"]

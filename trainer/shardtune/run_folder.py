@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -23,7 +24,17 @@ def is_finished(folder: Path) -> bool:
 
 
 def set_aside(folder: Path) -> Path | None:
-    """Renames an existing folder to <name>.old-1 (or -2, …) and returns the new path; None where there is none."""
+    """Renames an existing folder to <name>.old-1 (or -2, …) and returns the new path; None where there is none.
+
+    Raises StorageError where a new one could not be made: that is better known before the weights are loaded.
+    """
+    place = folder.parent
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise StorageError(f"{folder}: cannot be made: {place} is a file")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise StorageError(f"{folder}: cannot be made: {place} is not writable")
     if not folder.exists():
         return None
     number = 1

@@ -100,7 +100,7 @@ def _type(schema: Schema) -> str:
     if schema["type"] == "array":
         fixed = schema.get("minItems") if schema.get("minItems") == schema.get("maxItems") else None
         return f"list of {f'{fixed} × ' if fixed else ''}{_type(schema['items'])}"
-    name = {"integer": "whole number", "boolean": "true \\| false"}.get(schema["type"], schema["type"])
+    name: str = {"integer": "whole number", "boolean": "true \\| false"}.get(schema["type"], str(schema["type"]))
     limits = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     shown = [f"{sign} {_number(schema[key])}" for key, sign in limits.items() if key in schema]
     return " ".join([name, ", ".join(shown)]).strip()

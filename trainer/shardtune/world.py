@@ -111,13 +111,15 @@ class World:
     @contextmanager
     def others_may_end(self) -> Iterator[None]:
         """Turns a collective that failed because another rank has ended into a RankError: the cause is told there."""
+        import torch.distributed as dist
+
         try:
             yield
-        except RuntimeError as error:
-            text = str(error)
-            if self.size > 1 and any(
-                sign in text for sign in ("Connection closed by peer", "Connection reset by peer")
-            ):
+        except RuntimeError as error:  # gloo's has no class of its own
+            lost = isinstance(error, dist.DistNetworkError | dist.DistStoreError) or any(
+                sign in str(error) for sign in ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+            )
+            if self.size > 1 and lost:
                 raise RankError(f"rank {self.rank}: another rank has ended; its own message says why") from None
             raise
 

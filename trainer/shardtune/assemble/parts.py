@@ -106,6 +106,8 @@ def check_device(config: Config, world: World) -> None:
 
     Raises ConfigError.
     """
+    if world.device.type == "cpu" and config.model.attention == "flex_attention":
+        raise ConfigError("model.attention: flex_attention has no backward pass on a CPU; use sdpa or auto")
     if world.device.type == "cuda" and config.model.dtype == "bfloat16" and not torch.cuda.is_bf16_supported(False):
         name = torch.cuda.get_device_name(world.device)
         raise ConfigError(f"model.dtype: {name} has no bfloat16; use model.dtype=float32")

@@ -134,7 +134,7 @@ def train_run(config: Config, world: World, splits: Splits | None, command_line:
         reporter.evaluate()
         write_result(
             folder / "final", model, strategy, weights, prepared.tokenizer, prepared.labels, skeleton.stored_dtype,
-            world.is_first,
+            tuning.makes_adapter, world.is_first,
         )  # fmt: skip
     finally:
         reporter.close()

@@ -33,6 +33,8 @@ DTYPES = {
 }
 LONGEST_HEADER = 100_000_000
 """Bytes; the limit of the format."""
+COMPARED = 1 << 20
+"""Elements compared at once."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,17 @@ class Entry:
     """Bytes from the file's beginning."""
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+    def equals(self, other: Entry) -> bool:
+        """Whether both hold the same values."""
+        if (self.file, self.offset) == (other.file, other.offset):
+            return True
+        elements = math.prod(self.shape)
+        return (self.dtype, self.shape) == (other.dtype, other.shape) and all(
+            torch.equal(self.read(low, high), other.read(low, high))
+            for low in range(0, elements, COMPARED)
+            for high in [min(low + COMPARED, elements)]
+        )
 
     def read(self, start: int, stop: int) -> Tensor:
         """Elements `start` to `stop` of the flattened tensor, 1-D, in the file's dtype."""

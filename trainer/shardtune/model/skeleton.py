@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from shardtune.errors import ConfigError
+from shardtune.memory import pages_of_their_own
 from shardtune.model.initialization import Recorder
 from shardtune.model.safetensors_files import Entry, open_files
 from shardtune.model.weights import InitialWeights, entries_by_parameter, find_files
@@ -150,33 +151,60 @@ def build_skeleton(
         keep_layers(config, layers)
     try:
         # Parameters are replaced by meta ones as modules register them; buffers (rotary frequencies) keep values.
-        with init_empty_weights(include_buffers=False), no_init_weights():
+        with pages_of_their_own(), init_empty_weights(include_buffers=False), no_init_weights():
             model: PreTrainedModel = AUTO_CLASSES[task].from_config(
                 config, dtype=torch.float32, trust_remote_code=trust_remote_code, **arguments
             )
     except (ValueError, ImportError) as error:
         raise ConfigError(f"model {path}: {str(error).strip().splitlines()[0]}") from None
-    model.tie_weights()
+    # As in transformers, tied parameters are initialized each by itself; the one that stays is the source's.
+    own = _untie(model)
     recorder = Recorder()
     try:
         with recorder:
             model.initialize_weights()
     except NotImplementedError as error:
         raise ConfigError(f"model {path}: {error}") from None
-    recorder.name_parameters(model)
+    model.tie_weights()
     entries: dict[str, Entry] = {}
     if pretrained:
         folder = _weights_folder(path)
         entries = entries_by_parameter(model, open_files(find_files(folder)), layers, str(folder))
+        _keep_apart(model, own, entries)
         with contextlib.suppress(OSError, ValueError):  # absent in many folders
             model.generation_config = GenerationConfig.from_pretrained(path)
         _fill_buffers(model, entries)
+    recorder.name_parameters(model)
     missing = [name for name, _ in model.named_parameters() if name not in entries] if pretrained else []
     if missing and task != "classification":
         raise ConfigError(
             f"model.path {path}: its files lack {len(missing)} of the model's parameters, such as {missing[0]}"
         )
     return Skeleton(model, recorder, entries, missing)
+
+
+def _untie(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Gives each tied parameter a storage of its own; returns them by name."""
+    own = {}
+    for target in model.all_tied_weights_keys:
+        module, _, key = target.rpartition(".")
+        parameter = model.get_submodule(module)._parameters.get(key)
+        if parameter is not None:
+            own[target] = nn.Parameter(torch.empty_like(parameter), parameter.requires_grad)
+            setattr(model.get_submodule(module), key, own[target])
+    return own
+
+
+def _keep_apart(model: PreTrainedModel, own: dict[str, nn.Parameter], entries: dict[str, Entry]) -> None:
+    """Parameters that the config ties but the files have with different values are not tied.
+
+    transformers does the same: it takes every T5 for tied, also T5 1.1 and Flan-T5, whose output layer is their own.
+    """
+    for target, source in list(model.all_tied_weights_keys.items()):
+        if target in own and target in entries and source in entries and not entries[target].equals(entries[source]):
+            module, _, key = target.rpartition(".")
+            setattr(model.get_submodule(module), key, own[target])
+            del model.all_tied_weights_keys[target]
 
 
 def _fill_buffers(model: PreTrainedModel, entries: dict[str, Entry]) -> None:

@@ -128,10 +128,14 @@ def find_files(folder: Path) -> list[Path]:
     if single.exists():
         return [single]
     if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        if any(Path(name).name != name for name in names):
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            outside = any(Path(name).name != name for name in names)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{index}: is damaged: {type(error).__name__}: {error}") from None
+        if outside:
             raise ConfigError(f"{index}: names files outside its own folder")
-        missing = [name for name in names if not (folder / name).exists()]
+        missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise ConfigError(f"{index}: {', '.join(missing)} missing in {folder}")
         return [folder / name for name in names]

@@ -2,40 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from shardtune.memory import pages_of_their_own
 from shardtune.protocols import Weights
 
 PIECE = 1 << 24
 """Elements read at once: bounds what loading holds beside the parameters themselves."""
-
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Parameters of mallopt(3)."""
-
-
-@contextmanager
-def pages_of_their_own() -> Iterator[None]:
-    """Large tensors on the CPU get pages of their own meanwhile, which go back to the system when they are freed.
-
-    In glibc's heap the short-lived tensors of loading leave holes between the parameters, of up to their own size.
-    Afterwards large blocks come from the heap again, which saves the page faults of getting new ones in every step.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries do not have it, or the holes
-    if mallopt is None:
-        yield
-        return
-    mallopt(M_MMAP_THRESHOLD, 128 * 1024)  # where glibc itself begins; it adapts it from then on, up to 32 MiB
-    try:
-        yield
-    finally:
-        mallopt(M_MMAP_THRESHOLD, 32 * 1024**2)
-        mallopt(M_TRIM_THRESHOLD, 64 * 1024**2)
 
 
 def replace_parameters(model: nn.Module, make: Callable[[str, nn.Parameter], nn.Parameter]) -> None:

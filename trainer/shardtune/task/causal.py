@@ -31,19 +31,20 @@ class Causal:
         self._tokenizer: Any = tokenizer
         self._limits = max_source_tokens, max_target_tokens
         self._whole_text = whole_text
+        self._ends = self._tokenizer("")["input_ids"][-1:] == [tokenizer.eos_token_id]
         self.scores_texts = not whole_text
 
     def encode(self, texts: Sequence[Text]) -> list[Encoded]:
         """Begin token (where the tokenizer has one), source, target, end token."""
+        if not texts:
+            return []
         end = self._tokenizer.eos_token_id
         begin = self._tokenizer.bos_token_id if self._tokenizer.bos_token_id is not None else end
         sources = []
-        # One more than allowed, because some tokenizers end the source with a token that is taken off again.
-        for ids, cut in tokenize(self._tokenizer, [text.source for text in texts], self._limits[0] + 1):
-            ids = ids[:-1] if ids[-1:] == [end] else ids
-            if len(ids) > self._limits[0]:
-                right = self._tokenizer.truncation_side == "right"
-                ids, cut = (ids[: self._limits[0]] if right else ids[-self._limits[0] :]), True
+        # Where the tokenizer ends a source with the end token, that is taken off again, so one more is allowed.
+        for ids, cut in tokenize(self._tokenizer, [text.source for text in texts], self._limits[0] + self._ends):
+            if ids[-1:] == [end] and (self._ends or self._whole_text):
+                ids = ids[:-1]
             sources.append((ids or [begin], cut))
         if self._whole_text:
             limit = self._limits[0] - 1

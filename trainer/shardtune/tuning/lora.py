@@ -47,8 +47,16 @@ class Lora:
             target_modules=matched,
             fan_in_fan_out=any(isinstance(m, Conv1D) for n, m in model.named_modules() if n in set(matched)),
             task_type=PEFT_TASKS[self._task],
+            modules_to_save=self._head(model),
         )
         return get_peft_model(model, config, low_cpu_mem_usage=True)  # pyright: ignore[reportReturnType]
+
+    def _head(self, model: PreTrainedModel) -> list[str] | None:
+        """What stands beside the base model; PEFT by itself knows only some of the names that heads have."""
+        if self._task != "classification":
+            return None
+        beside = [(name, child) for name, child in model.named_children() if name != model.base_model_prefix]
+        return [name for name, child in beside if any(True for _ in child.parameters())]
 
     def _matching(self, model: PreTrainedModel) -> list[str]:
         linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]

@@ -1,0 +1,305 @@
+"""Every way to start a run gives the same run, and leaves the same folder behind."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from launching import BIN, LAUNCHERS, Finished, command, run
+from shardtune.config_file import load_config
+from tiny import rows, tiny_config
+
+KINDS = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
+MODELS = ("t5", "llama", "bert")
+TRAINING_KEYS = [
+    "step", "epoch", "loss", "lr", "grad_norm", "examples", "tokens", "target_tokens", "padding_share",
+    "step_seconds", "data_seconds", "tokens_per_second", "peak_memory_bytes",
+]  # fmt: skip
+METRICS = {
+    "t5": {"rouge1", "rouge2", "rougeL", "rougeLsum"},
+    "llama": {"rouge1", "rouge2", "rougeL", "rougeLsum"},
+    "bert": {"accuracy", "macro_f1"},
+}
+
+
+class Case(NamedTuple):
+    kind: str
+    model: str
+    launcher: str
+    ranks: int
+
+
+def possible() -> list[Case]:
+    """The whole matrix: `python` starts one rank, `single` is one rank."""
+    return [
+        Case(kind, model, launcher, ranks)
+        for kind in KINDS
+        for model in MODELS
+        for launcher in LAUNCHERS
+        for ranks in (1, 2)
+        if ranks == 1 or (launcher != "python" and kind != "single")
+    ]
+
+
+def sample() -> list[Case]:
+    """A part of it that has every pair of values that occurs in the whole."""
+    cases = []
+    for kind_index, kind in enumerate(KINDS):
+        for launcher_index, launcher in enumerate(LAUNCHERS):
+            ranks = 1 if launcher == "python" or kind == "single" else 2
+            cases.append(Case(kind, MODELS[(kind_index + launcher_index) % len(MODELS)], launcher, ranks))
+    return cases
+
+
+def pairs(cases: list[Case]) -> set[tuple[tuple[str, Any], tuple[str, Any]]]:
+    found = set()
+    for case in cases:
+        values = list(case._asdict().items())
+        found |= {(a, b) for i, a in enumerate(values) for b in values[i + 1 :]}
+    return found
+
+
+def test_the_sample_has_every_pair() -> None:
+    assert pairs(sample()) == pairs(possible())
+
+
+class Run(NamedTuple):
+    case: Case
+    config: Path
+    folder: Path
+    finished: Finished
+
+
+class Runs:
+    """Each case once, when it is first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.cache = folder / "cache"
+        self.folder = folder
+        self._done: dict[Case, Run] = {}
+
+    def of(self, case: Case) -> Run:
+        if case not in self._done:
+            config = tiny_config(self.folder / case.model, case.model, duration__steps=3)
+            name = "-".join(map(str, case))
+            words = command(case.launcher, case.ranks, "--config", config, f"name={name}", f"strategy.kind={case.kind}")
+            finished = run(words, self.cache)
+            self._done[case] = Run(case, config, self.folder / case.model / "runs" / name, finished)
+        return self._done[case]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    yield Runs(tmp_path_factory.mktemp("launchers"))
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def difference(a: float, b: float) -> float:
+    return abs(a - b) / abs(b)
+
+
+WHOLE = os.environ.get("SHARDTUNE_WHOLE_MATRIX") == "1"
+
+
+@pytest.mark.parametrize("case", possible() if WHOLE else sample(), ids=lambda case: "-".join(map(str, case)))
+def test_same_run(case: Case, runs: Runs) -> None:
+    done = runs.of(case)
+    assert done.finished.code == 0, done.finished.said
+    assert done.finished.left == [], done.finished.said
+    check_folder(done)
+
+    plain = runs.of(Case("single", case.model, "python", 1))
+    compared = list(zip(lines(done.folder), lines(plain.folder), strict=True))
+    worst = max(difference(a[key], b[key]) for a, b in compared for key in ("loss", "grad_norm") if key in b)
+    print(f"{worst:.1e}, {done.finished.seconds:.1f} s")
+    # On as many ranks the same sums are formed; on others in another order.
+    assert worst <= (1e-6 if case.ranks == 1 else 1e-5)
+    for a, b in compared:
+        counted = ["step", "epoch", "lr", "examples", "tokens", "target_tokens", "split", *METRICS[case.model]]
+        assert {k: a.get(k) for k in counted} == {k: b.get(k) for k in counted}
+    twins = [twin for twin in runs._done.values() if twin.case[:2] == case[:2] and twin.case.ranks == case.ranks]
+    for twin in twins:
+        for a, b in zip(lines(done.folder), lines(twin.folder), strict=True):
+            assert difference(a["loss"], b["loss"]) <= 1e-6, (case, twin.case)
+
+
+def check_folder(done: Run) -> None:
+    case, folder = done.case, done.folder
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.yaml", "environment.json", "final", "metrics.jsonl", "predictions",
+    ]  # fmt: skip
+
+    overrides = [f"name={folder.name}", f"strategy.kind={case.kind}"]
+    assert load_config(folder / "config.yaml", []) == load_config(done.config, overrides)
+
+    environment = json.loads((folder / "environment.json").read_text())
+    assert (environment["ranks"], environment["strategy"]) == (case.ranks, case.kind)
+    assert len(environment["devices"]) == case.ranks
+    assert isinstance(environment["fused"], dict)
+    assert environment["versions"]["torch"].startswith("2.")
+    assert {"python", "command_line", "git_commit"} <= set(environment)
+
+    training = [line for line in lines(folder) if "split" not in line]
+    assert [line["step"] for line in training] == [1, 2, 3]
+    for line in training:
+        assert list(line) == TRAINING_KEYS
+        assert all(isinstance(value, int | float) and math.isfinite(value) for value in line.values())
+        assert line["step_seconds"] > 0 and line["peak_memory_bytes"] > 1e8
+        assert 0 <= line["padding_share"] < 1
+    judged = [line for line in lines(folder) if "split" in line]
+    assert [(line["step"], line["split"]) for line in judged] == [(3, "validation")]
+    assert set(judged[0]) == {"step", "split", "loss"} | METRICS[case.model]
+
+    predictions = folder / "predictions" / "step-3-validation.jsonl"
+    written = [json.loads(line) for line in predictions.read_text().splitlines()]
+    given = rows(7, seed=2)[:5]
+    target = "label" if case.model == "bert" else "summary"
+    assert [(p["source"], p["reference"]) for p in written] == [(row["text"], row[target]) for row in given]
+    assert all(isinstance(p["prediction"], str) for p in written)
+
+    assert (folder / "final" / "model.safetensors").stat().st_size > 100_000
+    assert (folder / "final" / "tokenizer.json").exists()
+
+
+# ------------------------------------------------------------------------------------------- started again
+
+
+def test_a_finished_run_started_again(runs: Runs) -> None:
+    done = runs.of(Case("single", "t5", "python", 1))
+    before = sorted((path, path.stat().st_mtime_ns) for path in done.folder.rglob("*"))
+    overrides = (f"name={done.folder.name}", "strategy.kind=single")
+    again = run(command("python", 1, "--config", done.config, *overrides), runs.cache, imports=True)
+    assert again.code == 0, again.said
+    assert "this run is finished" in again.out
+    assert str(done.folder / "final") in again.out
+    assert "torch" not in again.modules
+    assert sorted((path, path.stat().st_mtime_ns) for path in done.folder.rglob("*")) == before
+
+    two = run(command("torchrun", 2, "--config", done.config, f"name={done.folder.name}"), runs.cache)
+    assert two.code == 0, two.said
+    assert two.out.count("this run is finished") == 1
+
+
+def test_never_sets_the_old_folder_aside(runs: Runs) -> None:
+    config = tiny_config(runs.folder / "again", duration__steps=1, evaluation__examples=1)
+    words = command("shardtune", 1, "--config", config, "checkpoint.resume=never")
+    folder = runs.folder / "again" / "runs" / "tiny"
+    assert run(words, runs.cache).code == 0
+    (folder / "note").write_text("of the first run")
+    again = run(words, runs.cache)
+    assert again.code == 0, again.said
+    assert f"what was there is now in {folder}.old-1" in again.err
+    old = folder.with_name("tiny.old-1")
+    assert (old / "note").exists() and (old / "final").is_dir()
+    assert not (folder / "note").exists() and (folder / "final").is_dir()
+    assert [line["loss"] for line in lines(old)] == [line["loss"] for line in lines(folder)]
+
+
+# ----------------------------------------------------------------------------------- what to do with a result
+
+
+@pytest.fixture(scope="module")
+def results(runs: Runs) -> dict[str, Run]:
+    """A tuned model and two adapters: how a result is used does not depend on how it was made."""
+    made = {"t5": runs.of(Case("single", "t5", "python", 1))}
+    for model in ("llama", "bert"):
+        config = tiny_config(
+            runs.folder / f"{model}-lora", model, tuning={"method": "lora", "rank": 4}, duration__steps=3,
+            data__test=str(runs.folder / f"{model}-lora" / "validation.jsonl"),
+        )  # fmt: skip
+        finished = run(command("python", 1, "--config", config), runs.cache)
+        assert finished.code == 0, finished.said
+        case = Case("single", model, "python", 1)
+        made[model] = Run(case, config, runs.folder / f"{model}-lora" / "runs" / "tiny", finished)
+    return made
+
+
+def shardtune(runs: Runs, *arguments: str | Path) -> Finished:
+    return run([str(BIN / "shardtune"), *map(str, arguments)], runs.cache)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_generate(model: str, results: dict[str, Run], runs: Runs, tmp_path: Path) -> None:
+    folder = results[model].folder
+    predicted = (folder / "predictions" / "step-3-validation.jsonl").read_text().splitlines()
+    given = tmp_path / "given.jsonl"
+    given.write_text("".join(json.dumps({"text": row["text"]}) + "\n" for row in rows(7, seed=2)[:5]))
+    done = shardtune(runs, "generate", "--run", folder, "--input", given)
+    assert done.code == 0, done.said
+    written = [json.loads(line) for line in done.out.splitlines()]
+    expected = [json.loads(line) for line in predicted]
+    assert written == [{"source": p["source"], "prediction": p["prediction"]} for p in expected]
+    if model == "t5":
+        one = shardtune(runs, "generate", "--run", folder, expected[0]["source"])
+        assert (one.code, one.out) == (0, expected[0]["prediction"] + "\n"), one.said
+        assert shardtune(runs, "generate", "--run", folder).code == 2
+        assert shardtune(runs, "generate", "--run", tmp_path, "text").code == 2
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_evaluate(model: str, results: dict[str, Run], runs: Runs) -> None:
+    done = results[model]
+    split = "validation" if model == "t5" else "test"
+    overrides = [f"name={done.folder.name}", "strategy.kind=single"]
+    judged = shardtune(runs, "evaluate", "--config", done.config, *overrides, "--split", split)
+    assert judged.code == 0, judged.said
+    shown = {words[1]: float(words[2]) for line in judged.out.splitlines() if (words := line.split())[:1] == [split]}
+    expected = next(line for line in lines(done.folder) if line.get("split") == split)
+    assert shown == {key: pytest.approx(expected[key], abs=1e-4) for key in ("loss", *METRICS[model])}
+    assert (done.folder / "predictions" / f"step-final-{split}.jsonl").exists()
+
+
+def test_export_of_a_model(results: dict[str, Run], runs: Runs, tmp_path: Path) -> None:
+    folder = results["t5"].folder
+    done = shardtune(runs, "export", "--run", folder, "--out", tmp_path / "out")
+    assert done.code == 0, done.said
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    first = json.loads((folder / "predictions" / "step-3-validation.jsonl").read_text().splitlines()[0])
+    written = model.generate(**tokenizer(first["source"], return_tensors="pt"), max_new_tokens=6)
+    assert tokenizer.decode(written[0], skip_special_tokens=True).strip() == first["prediction"]
+
+    assert shardtune(runs, "export", "--run", folder, "--out", tmp_path / "out").code == 2  # it is there already
+    merged = shardtune(runs, "export", "--run", folder, "--out", tmp_path / "merged", "--merge")
+    assert merged.code == 2
+    assert "no adapter to merge" in merged.err
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("model", ["llama", "bert"])
+def test_export_of_an_adapter(model: str, results: dict[str, Run], runs: Runs, tmp_path: Path) -> None:
+    folder = results[model].folder
+    plain = shardtune(runs, "export", "--run", folder, "--out", tmp_path / "plain")
+    assert plain.code == 0, plain.said
+    assert (tmp_path / "plain" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "plain" / "model.safetensors").exists()
+
+    merged = shardtune(runs, "export", "--run", folder, "--out", tmp_path / "merged", "--merge")
+    assert merged.code == 0, merged.said
+    assert not (tmp_path / "merged" / "adapter_model.safetensors").exists()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    written = (folder / "predictions" / "step-3-validation.jsonl").read_text().splitlines()
+    first = json.loads(written[0])
+    if model == "llama":
+        causal = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        ids = tokenizer(first["source"], return_tensors="pt", return_token_type_ids=False)
+        new = causal.generate(**ids, max_new_tokens=6, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        assert tokenizer.decode(new, skip_special_tokens=True).strip() == first["prediction"]
+    else:
+        from transformers import AutoModelForSequenceClassification
+
+        classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+        for line in map(json.loads, written):
+            ids = tokenizer(line["source"], return_tensors="pt", return_token_type_ids=False)
+            label = int(classifier(**ids).logits.argmax())
+            assert classifier.config.id2label[label] == line["prediction"]
