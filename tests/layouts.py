@@ -94,7 +94,7 @@ LLAMA = matrix("llama", ["grouped", "padded", "grouped"], optimizer__max_grad_no
 SHUFFLED = layouts("shuffled", "t5", data__shuffle=True, optimizer__max_grad_norm=CLIPPED)
 LORA = layouts("lora", "llama", **LORA_OPTIONS)
 LORA_T5 = [
-    Run("lora-t5", "t5", kind, ranks, 2, {"tuning": {"method": "lora", "rank": 3}, "optimizer__lr": 1e-2})
+    Run("lora-t5", "t5", kind, ranks, 2, {"tuning": {"method": "lora", "rank": 3, "alpha": 6}, "optimizer__lr": 1e-2})
     for kind, ranks in (("single", 1), ("fsdp2", 2), ("zero2", 2))
 ]
 FROZEN = layouts("frozen", "t5", tuning={"method": "freeze", "layers": 1, "embeddings": True})

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from launching import BIN, LAUNCHERS, Finished, command, run
 from shardtune.config_file import load_config
@@ -96,8 +100,8 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    yield Runs(tmp_path_factory.mktemp("launchers"))
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("launchers"))
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -154,7 +158,8 @@ def check_folder(done: Run) -> None:
     for line in training:
         assert list(line) == TRAINING_KEYS
         assert all(isinstance(value, int | float) and math.isfinite(value) for value in line.values())
-        assert line["step_seconds"] > 0 and line["peak_memory_bytes"] > 1e8
+        assert line["step_seconds"] > 0
+        assert line["peak_memory_bytes"] > 1e8
         assert 0 <= line["padding_share"] < 1
     judged = [line for line in lines(folder) if "split" in line]
     assert [(line["step"], line["split"]) for line in judged] == [(3, "validation")]
@@ -200,8 +205,10 @@ def test_never_sets_the_old_folder_aside(runs: Runs) -> None:
     assert again.code == 0, again.said
     assert f"what was there is now in {folder}.old-1" in again.err
     old = folder.with_name("tiny.old-1")
-    assert (old / "note").exists() and (old / "final").is_dir()
-    assert not (folder / "note").exists() and (folder / "final").is_dir()
+    assert (old / "note").exists()
+    assert (old / "final").is_dir()
+    assert not (folder / "note").exists()
+    assert (folder / "final").is_dir()
     assert [line["loss"] for line in lines(old)] == [line["loss"] for line in lines(folder)]
 
 
@@ -296,8 +303,6 @@ def test_export_of_an_adapter(model: str, results: dict[str, Run], runs: Runs, t
         new = causal.generate(**ids, max_new_tokens=6, do_sample=False)[0, ids["input_ids"].shape[1] :]
         assert tokenizer.decode(new, skip_special_tokens=True).strip() == first["prediction"]
     else:
-        from transformers import AutoModelForSequenceClassification
-
         classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
         for line in map(json.loads, written):
             ids = tokenizer(line["source"], return_tensors="pt", return_token_type_ids=False)

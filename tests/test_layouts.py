@@ -249,6 +249,8 @@ def test_transformers_loads_the_result_and_would_write_the_same_names(done: Done
 @by_name(LORA + LORA_T5)
 def test_peft_loads_the_result_and_would_write_the_same(done: Done, run: Run, tmp_path: Path) -> None:
     model = done.load(run)
+    settings = model.peft_config["default"]
+    assert {"method": "lora", "rank": settings.r, "alpha": settings.lora_alpha} == run.options["tuning"]
     model.save_pretrained(str(tmp_path))
     assert_same_tensors(done, done.final(run), load_file(tmp_path / "adapter_model.safetensors"), 0)
     assert {tensor.dtype for tensor in done.final(run).values()} == {torch.float32}

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
-from tiny import tiny_config
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import slurm_cluster
 from slurm_cluster import SlurmCluster
+from tiny import tiny_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -32,7 +32,7 @@ def submit_and_wait(
     """Run slurm/train.sbatch to its end: the job's state, its exit code and what it printed."""
     number = cluster.submit(
         *sbatch, f"--output={output}", "slurm/train.sbatch", *arguments,
-        cwd=REPOSITORY, environment={"SHARDTUNE_VENV": sys.prefix},
+        cwd=REPOSITORY, environment={"SHARDTUNE_VENV": sys.prefix, "SHARDTUNE_CACHE": str(output.parent / "cache")},
     )  # fmt: skip
     state, code = cluster.wait(number)
     return state, code, output.read_text() if output.exists() else cluster.logs()
@@ -44,9 +44,13 @@ def test_trains_on_two_nodes(cluster: SlurmCluster, tmp_path: Path) -> None:
     state, code, printed = submit_and_wait(cluster, tmp_path / "job.out", *arguments)
     assert (state, code) == ("COMPLETED", 0), printed
 
-    run = tmp_path / yaml.safe_load(config.read_text())["runs"] / "two-nodes"
-    assert json.loads((run / "environment.json").read_text())["ranks"] == 2
-    assert (run / "final").is_dir()
+    run = tmp_path / "runs" / "two-nodes"
+    environment = json.loads((run / "environment.json").read_text())
+    assert (environment["ranks"], environment["strategy"]) == (2, "ddp")
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 4]
+    model = AutoModelForSeq2SeqLM.from_pretrained(run / "final")
+    tokenizer = AutoTokenizer.from_pretrained(run / "final")
+    assert model.generate(**tokenizer("a red cat", return_tensors="pt"), max_new_tokens=4).shape[0] == 1
 
 
 def test_exit_code_of_the_ranks_is_that_of_the_job(cluster: SlurmCluster, tmp_path: Path) -> None:
