@@ -26,9 +26,12 @@ SHARDED = ["fsdp2", "zero1", "zero2", "zero3"]
 TWO_RANKS = ["ddp", *SHARDED]
 EXAMPLES = {"t5": 49, "llama": 53}
 """A last step of one example leaves a rank without any; one of five does not divide into micro-batches."""
+# A smooth activation: near the kink of a relu, rounding decides a whole gradient.
+T5_CONFIG = {**tiny.ARCHITECTURES["t5"], "feed_forward_proj": "gated-gelu", "initializer_factor": 0.3}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     **tiny.ARCHITECTURES,
-    "t5-untied": {**tiny.ARCHITECTURES["t5"], "tie_word_embeddings": False},
+    "t5": {**T5_CONFIG, "tie_word_embeddings": True},
+    "t5-untied": {**T5_CONFIG, "tie_word_embeddings": False},
     "llama-tied": {**tiny.ARCHITECTURES["llama"], "tie_word_embeddings": True},
 }
 LONGEST = 1000

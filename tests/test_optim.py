@@ -190,9 +190,7 @@ def test_squared_norm_copies_no_large_tensor() -> None:
             return result
 
     with Largest() as largest:
-        squared_norm(
-            [torch.ones(4 * gradients.CHUNK + 1), torch.ones(2 * gradients.CHUNK + 1, dtype=torch.bfloat16)]
-        )
+        squared_norm([torch.ones(4 * gradients.CHUNK + 1), torch.ones(2 * gradients.CHUNK + 1, dtype=torch.bfloat16)])
     assert largest.elements == gradients.CHUNK
 
 

@@ -9,7 +9,10 @@ from typing import Any
 
 import yaml
 
-WORDS = "red green blue big small old new cat dog bird runs sleeps sings over under near the a one two".split()
+WORDS = [
+    "red", "green", "blue", "big", "small", "old", "new", "cat", "dog", "bird", "runs", "sleeps",
+    "sings", "over", "under", "near", "the", "a", "one", "two",
+]  # fmt: skip
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "t5": {
@@ -38,8 +41,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 TASKS: dict[str, dict[str, Any]] = {
-    "seq2seq": {"kind": "seq2seq", "source": "text", "target": "summary", "max_source_tokens": 48, "max_target_tokens": 16},
-    "causal": {"kind": "causal", "source": "text", "target": "summary", "max_source_tokens": 48, "max_target_tokens": 16},
+    "seq2seq": {
+        "kind": "seq2seq", "source": "text", "target": "summary", "max_source_tokens": 48, "max_target_tokens": 16,
+    },
+    "causal": {
+        "kind": "causal", "source": "text", "target": "summary", "max_source_tokens": 48, "max_target_tokens": 16,
+    },
     "classification": {"kind": "classification", "text": "text", "label": "label", "max_source_tokens": 48},
 }  # fmt: skip
 
