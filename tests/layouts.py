@@ -27,7 +27,7 @@ TWO_RANKS = ["ddp", *SHARDED]
 EXAMPLES = {"t5": 49, "llama": 53}
 """A last step of one example leaves a rank without any; one of five does not divide into micro-batches."""
 # A smooth activation: near the kink of a relu, rounding decides a whole gradient.
-T5_CONFIG = {**tiny.ARCHITECTURES["t5"], "feed_forward_proj": "gated-gelu", "initializer_factor": 0.3}
+T5_CONFIG = {**tiny.ARCHITECTURES["t5"], "feed_forward_proj": "gated-gelu", "initializer_factor": 0.6}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     **tiny.ARCHITECTURES,
     "t5": {**T5_CONFIG, "tie_word_embeddings": True},
@@ -36,7 +36,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 LONGEST = 1000
 """Seconds that a process group may take."""
-CLIPPED = 0.5
+CLIPPED = 0.2
 """Well below the gradient norms of these models."""
 
 

