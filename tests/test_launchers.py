@@ -20,7 +20,7 @@ from launching import BIN, LAUNCHERS, Finished, command, run
 from shardtune.config_file import load_config
 from tiny import rows, tiny_config
 
-KINDS = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
+KINDS = ("auto", "single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
 MODELS = ("t5", "llama", "bert")
 TRAINING_KEYS = [
     "step", "epoch", "loss", "lr", "grad_norm", "examples", "tokens", "target_tokens", "padding_share",
@@ -147,7 +147,8 @@ def check_folder(done: Run) -> None:
     assert load_config(folder / "config.yaml", []) == load_config(done.config, overrides)
 
     environment = json.loads((folder / "environment.json").read_text())
-    assert (environment["ranks"], environment["strategy"]) == (case.ranks, case.kind)
+    chosen = ("single" if case.ranks == 1 else "ddp") if case.kind == "auto" else case.kind
+    assert (environment["ranks"], environment["strategy"]) == (case.ranks, chosen)
     assert len(environment["devices"]) == case.ranks
     assert isinstance(environment["fused"], dict)
     assert environment["versions"]["torch"].startswith("2.")
