@@ -32,6 +32,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     **tiny.ARCHITECTURES,
     "t5": {**T5_CONFIG, "tie_word_embeddings": True},
     "t5-untied": {**T5_CONFIG, "tie_word_embeddings": False},
+    "t5-loud": {**T5_CONFIG, "tie_word_embeddings": False, "initializer_factor": 3.0},  # writes a text for each source
     "llama-tied": {**tiny.ARCHITECTURES["llama"], "tie_word_embeddings": True},
 }
 LONGEST = 1000
@@ -115,7 +116,7 @@ DRAWN = [
     *layouts("drawn-gpt2", "gpt2", duration__steps=0, model__weights="random"),
 ]
 KEPT = [
-    *layouts("kept", "t5", duration__steps=0),
+    *layouts("kept", "t5-loud", duration__steps=0),
     *layouts("kept-in-bf16", "t5", (1, 2), duration__steps=0, model__dtype="bfloat16"),
     *layouts("kept-bf16", "t5-bf16", duration__steps=0, model__dtype="bfloat16"),
     *layouts("kept-llama", "llama-tied", duration__steps=0, model__dtype="bfloat16"),

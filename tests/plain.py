@@ -56,6 +56,10 @@ def make_model(folder: Path, architecture: dict[str, Any], seed: int, dtype: tor
     torch.manual_seed(seed)
     config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
     model = AUTO[task].from_config(config, dtype=torch.float32)
+    if architecture.get("tie_word_embeddings") is False and model.lm_head.weight is model.get_input_embeddings().weight:
+        # T5's config always says tied; published models are untied by what their files hold.
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+        del model.all_tied_weights_keys["lm_head.weight"]
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += torch.randn_like(parameter) * 0.1

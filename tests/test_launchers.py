@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from launching import BIN, LAUNCHERS, Finished, command, run
+from shardtune.cli import main
 from shardtune.config_file import load_config
 from tiny import rows, tiny_config
 
@@ -232,68 +233,88 @@ def results(runs: Runs) -> dict[str, Run]:
     return made
 
 
-def shardtune(runs: Runs, *arguments: str | Path) -> Finished:
-    return run([str(BIN / "shardtune"), *map(str, arguments)], runs.cache)
+class Shardtune:
+    """The command `shardtune` in this process, where torch is imported already."""
+
+    def __init__(self, runs: Runs, patch: pytest.MonkeyPatch, captured: pytest.CaptureFixture[str]) -> None:
+        patch.setenv("SHARDTUNE_CACHE", str(runs.cache))
+        self._captured = captured
+
+    def __call__(self, *arguments: str | Path) -> tuple[int, str, str]:
+        self._captured.readouterr()
+        code = main([str(argument) for argument in arguments])
+        out, err = self._captured.readouterr()
+        assert code in (0, 2), err
+        return code, out, err
+
+
+@pytest.fixture
+def shardtune(runs: Runs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shardtune:
+    return Shardtune(runs, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_generate(model: str, results: dict[str, Run], runs: Runs, tmp_path: Path) -> None:
+def test_generate(model: str, results: dict[str, Run], shardtune: Shardtune, tmp_path: Path) -> None:
     folder = results[model].folder
     predicted = (folder / "predictions" / "step-3-validation.jsonl").read_text().splitlines()
     given = tmp_path / "given.jsonl"
     given.write_text("".join(json.dumps({"text": row["text"]}) + "\n" for row in rows(7, seed=2)[:5]))
-    done = shardtune(runs, "generate", "--run", folder, "--input", given)
-    assert done.code == 0, done.said
-    written = [json.loads(line) for line in done.out.splitlines()]
+    code, out, err = shardtune("generate", "--run", folder, "--input", given)
+    assert code == 0, err
+    written = [json.loads(line) for line in out.splitlines()]
     expected = [json.loads(line) for line in predicted]
     assert written == [{"source": p["source"], "prediction": p["prediction"]} for p in expected]
-    if model == "t5":
-        one = shardtune(runs, "generate", "--run", folder, expected[0]["source"])
-        assert (one.code, one.out) == (0, expected[0]["prediction"] + "\n"), one.said
-        assert shardtune(runs, "generate", "--run", folder).code == 2
-        assert shardtune(runs, "generate", "--run", tmp_path, "text").code == 2
+
+
+def test_generate_by_itself(results: dict[str, Run], runs: Runs, shardtune: Shardtune, tmp_path: Path) -> None:
+    folder = results["t5"].folder
+    first = json.loads((folder / "predictions" / "step-3-validation.jsonl").read_text().splitlines()[0])
+    done = run([str(BIN / "shardtune"), "generate", "--run", str(folder), first["source"]], runs.cache)
+    assert (done.code, done.out, done.err) == (0, first["prediction"] + "\n", ""), done.said
+    assert shardtune("generate", "--run", folder)[0] == 2
+    assert shardtune("generate", "--run", tmp_path, "text")[0] == 2
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_evaluate(model: str, results: dict[str, Run], runs: Runs) -> None:
+def test_evaluate(model: str, results: dict[str, Run], shardtune: Shardtune) -> None:
     done = results[model]
     split = "validation" if model == "t5" else "test"
     overrides = [f"name={done.folder.name}", "strategy.kind=single"]
-    judged = shardtune(runs, "evaluate", "--config", done.config, *overrides, "--split", split)
-    assert judged.code == 0, judged.said
-    shown = {words[1]: float(words[2]) for line in judged.out.splitlines() if (words := line.split())[:1] == [split]}
+    code, out, err = shardtune("evaluate", "--config", done.config, *overrides, "--split", split)
+    assert code == 0, err
+    shown = {words[1]: float(words[2]) for line in out.splitlines() if (words := line.split())[:1] == [split]}
     expected = next(line for line in lines(done.folder) if line.get("split") == split)
     assert shown == {key: pytest.approx(expected[key], abs=1e-4) for key in ("loss", *METRICS[model])}
     assert (done.folder / "predictions" / f"step-final-{split}.jsonl").exists()
 
 
-def test_export_of_a_model(results: dict[str, Run], runs: Runs, tmp_path: Path) -> None:
+def test_export_of_a_model(results: dict[str, Run], shardtune: Shardtune, tmp_path: Path) -> None:
     folder = results["t5"].folder
-    done = shardtune(runs, "export", "--run", folder, "--out", tmp_path / "out")
-    assert done.code == 0, done.said
+    code, _, err = shardtune("export", "--run", folder, "--out", tmp_path / "out")
+    assert code == 0, err
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     first = json.loads((folder / "predictions" / "step-3-validation.jsonl").read_text().splitlines()[0])
     written = model.generate(**tokenizer(first["source"], return_tensors="pt"), max_new_tokens=6)
     assert tokenizer.decode(written[0], skip_special_tokens=True).strip() == first["prediction"]
 
-    assert shardtune(runs, "export", "--run", folder, "--out", tmp_path / "out").code == 2  # it is there already
-    merged = shardtune(runs, "export", "--run", folder, "--out", tmp_path / "merged", "--merge")
-    assert merged.code == 2
-    assert "no adapter to merge" in merged.err
+    assert shardtune("export", "--run", folder, "--out", tmp_path / "out")[0] == 2  # it is there already
+    code, _, err = shardtune("export", "--run", folder, "--out", tmp_path / "merged", "--merge")
+    assert code == 2
+    assert "no adapter to merge" in err
     assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.parametrize("model", ["llama", "bert"])
-def test_export_of_an_adapter(model: str, results: dict[str, Run], runs: Runs, tmp_path: Path) -> None:
+def test_export_of_an_adapter(model: str, results: dict[str, Run], shardtune: Shardtune, tmp_path: Path) -> None:
     folder = results[model].folder
-    plain = shardtune(runs, "export", "--run", folder, "--out", tmp_path / "plain")
-    assert plain.code == 0, plain.said
+    code, _, err = shardtune("export", "--run", folder, "--out", tmp_path / "plain")
+    assert code == 0, err
     assert (tmp_path / "plain" / "adapter_model.safetensors").exists()
     assert not (tmp_path / "plain" / "model.safetensors").exists()
 
-    merged = shardtune(runs, "export", "--run", folder, "--out", tmp_path / "merged", "--merge")
-    assert merged.code == 0, merged.said
+    code, _, err = shardtune("export", "--run", folder, "--out", tmp_path / "merged", "--merge")
+    assert code == 0, err
     assert not (tmp_path / "merged" / "adapter_model.safetensors").exists()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     written = (folder / "predictions" / "step-3-validation.jsonl").read_text().splitlines()

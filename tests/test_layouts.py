@@ -189,9 +189,7 @@ def test_evaluation_is_what_the_libraries_say_of_the_result(done: Done, run: Run
 
 def test_predictions_differ(done: Done) -> None:
     """Or a mixed-up order would go unnoticed."""
-    groups = ["t5", "llama", "kept", "lora", "bart", "gpt2", "bert"]
-    counts = {group: len({row["prediction"] for row in done.predictions(SINGLE[group])}) for group in groups}
-    assert sum(count > 1 for count in counts.values()) > 1, f"{counts}; seed {done.seed}"
+    assert len({row["prediction"] for row in done.predictions(SINGLE["kept"])}) > 1, f"seed {done.seed}"
 
 
 # --------------------------------------------------------------------------------------------- results
@@ -226,7 +224,9 @@ def test_what_is_frozen_stays_bit_for_bit(done: Done, run: Run) -> None:
 
 @by_name(KEPT)
 def test_without_a_step_the_result_is_the_pretrained_file(done: Done, run: Run) -> None:
-    assert_same_tensors(done, done.final(run), load_file(done.model(run.model) / "model.safetensors"), 0)
+    begun = load_file(done.model(run.model) / "model.safetensors")
+    assert ("lm_head.weight" in begun) == (run.model == "t5-loud")
+    assert_same_tensors(done, done.final(run), begun, 0)
 
 
 @by_name(DRAWN)

@@ -157,9 +157,7 @@ def prepare(config: Config, world: World, splits: Splits | None) -> Prepared:
     labels: list[str] = []
     if task_kind == "classification":
         labels = world.first_does("labels", lambda: _labels(splits))
-        architecture.num_labels = len(labels)
-        architecture.id2label = dict(enumerate(labels))
-        architecture.label2id = {label: index for index, label in enumerate(labels)}
+        name_labels(architecture, labels)
     task = make_task(config.task, config.model.path, tokenizer, architecture, labels)
     folders = world.first_does("tables", lambda: _tokenize(config, task, tokenizer, labels, splits))
     tables = {}
@@ -169,6 +167,13 @@ def prepare(config: Config, world: World, splits: Splits | None) -> Prepared:
             raise DataError(f"{folder}: the tokenized {name} split is not there; do all nodes see this folder?")
         tables[name] = table
     return Prepared(architecture, tokenizer, task, labels, tables, splits)
+
+
+def name_labels(architecture: PreTrainedConfig, labels: Sequence[str]) -> None:
+    """Gives the model a head of one output for each label, by their names."""
+    architecture.num_labels = len(labels)
+    architecture.id2label = dict(enumerate(labels))
+    architecture.label2id = {label: index for index, label in enumerate(labels)}
 
 
 def make_skeleton(config: Config, prepared: Prepared, path: str, pretrained: bool) -> Skeleton:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shardtune.assemble.parts import DTYPES, make_task, metric_names
-from shardtune.assemble.run import evaluated_splits, prepare, quiet_libraries
+from shardtune.assemble.run import evaluated_splits, name_labels, prepare, quiet_libraries
 from shardtune.config import ClassificationConfig, Config
 from shardtune.data.splits import Splits
 from shardtune.errors import ConfigError
@@ -54,7 +54,7 @@ def _base_model(
     fit_config(architecture, tokenizer, newly_trained)
     labels = _labels(folder)
     if labels:
-        architecture.num_labels = len(labels)
+        name_labels(architecture, labels)
     skeleton = build_skeleton(
         architecture, settings.path, config.task.kind, settings.weights == "pretrained", settings.attention,
         settings.layers, settings.trust_remote_code,
