@@ -1,4 +1,4 @@
-"""The entry that deepspeed, torchrun, srun and python start: one process, one rank."""
+"""The entry that deepspeed, torchrun and python start: one process, one rank."""
 
 import sys
 

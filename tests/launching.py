@@ -68,6 +68,7 @@ def environment(cache: Path) -> dict[str, str]:
         "SHARDTUNE_CACHE": str(cache),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",  # two ranks would not find two GPUs on most machines
         MARK: uuid.uuid4().hex,
     }
 

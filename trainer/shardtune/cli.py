@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from shardtune.config import Config
 
 FOUND_BY_ALL = (ConfigError, NumbersError)
-"""Errors that every rank runs into; one of them says it."""
+"""Errors that every rank of a machine runs into; one of them says it."""
 SPEAKING_SECONDS = 2.0
 """How long the others wait while one rank says what is wrong."""
 STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train_as_rank(arguments: Sequence[str]) -> int:
     """`launch/train.py`: one rank of those that a launcher started, or the only one. Returns the exit code."""
     parser = Parser(prog="train.py", description="Train from a config file: one rank of a run.")
-    _add_training(parser)
+    _add_config(parser)
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed appends it
     options = parser.parse_args(arguments)
     return _guarded(lambda: _train_here(options))
@@ -55,7 +55,7 @@ def _parser() -> Parser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
 
     train = commands.add_parser("train", help="train from a config file; spawns the ranks itself")
-    _add_training(train)
+    _add_config(train)
     train.add_argument("--ranks", type=int, metavar="N", help="ranks on this machine (default: its GPUs, or 1)")
     train.add_argument("--nodes", type=int, default=1, metavar="N", help="machines that run this same command")
     train.add_argument("--node-rank", type=int, default=0, metavar="K", help="which of them this is, from 0")
@@ -92,9 +92,6 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="in place of what the file says")
 
 
-_add_training = _add_config
-
-
 def _guarded(work: Callable[[], int]) -> int:
     """Runs `work`; what a user can mend is said in a few lines, without a traceback."""
     log = logging.getLogger("shardtune")
@@ -117,12 +114,13 @@ def _guarded(work: Callable[[], int]) -> int:
 
 
 def _failed(error: ShardtuneError) -> int:
-    from shardtune.world import launched_rank
+    from shardtune.world import launched_local_rank, launched_rank
 
-    if launched_rank() > 0 and isinstance(error, FOUND_BY_ALL):
+    if launched_local_rank() > 0 and isinstance(error, FOUND_BY_ALL):
         return _leave_second(error)
     # torchrun turns every failure into 1, so the code is also said.
-    print(f"shardtune: error (exit code {error.exit_code})\n{error}", file=sys.stderr, flush=True)
+    who = f" on rank {launched_rank()}" if launched_rank() > 0 else ""
+    print(f"shardtune: error (exit code {error.exit_code}){who}\n{error}", file=sys.stderr, flush=True)
     return error.exit_code
 
 
@@ -141,7 +139,7 @@ def _config(options: argparse.Namespace) -> Config:
 def _train(options: argparse.Namespace) -> int:
     from shardtune.world import launched_ranks
 
-    if launched_ranks() is not None:  # started by torchrun or srun: this is a rank already
+    if launched_ranks() is not None:  # started by torchrun: this is a rank already
         return _train_here(options)
     config = _config(options)
     ranks = options.ranks
@@ -166,9 +164,10 @@ def _train_here(options: argparse.Namespace, config: Config | None = None) -> in
     """One rank, in this process."""
     from shardtune.assemble.data import check_model_path, read_texts
     from shardtune.run_folder import is_finished, set_aside
-    from shardtune.world import join_world, launched_rank, launched_ranks
+    from shardtune.world import check_launcher, join_world, launched_rank, launched_ranks
 
     config = config or _config(options)
+    check_launcher()
     ranks, rank = launched_ranks() or 1, launched_rank()
     _check_ranks(config, ranks)
     check_model_path(config)
@@ -182,7 +181,7 @@ def _train_here(options: argparse.Namespace, config: Config | None = None) -> in
         return 0
     splits = read_texts(config) if ranks == 1 else None
     world = join_world()
-    try:
+    with world.others_may_end():
         if ranks > 1:
             # After joining, so that all ranks leave with the same code if the data is wrong.
             read: list[Any] = []
@@ -194,12 +193,11 @@ def _train_here(options: argparse.Namespace, config: Config | None = None) -> in
 
         from shardtune.assemble.run import quiet_libraries, train_run
 
-        with quiet_libraries(), world.others_may_end():
+        with quiet_libraries():
             last_words = train_run(config, world, splits, sys.argv)
         if world.is_first:
             print(last_words, flush=True)
-    finally:
-        world.close()
+    world.close()  # not after an error: it would wait for collectives that will never end
     return 0
 
 

@@ -313,6 +313,8 @@ def conflicts(config: Config) -> Iterator[tuple[str, str]]:
                 "model.tokenizer",
                 "a newly trained tokenizer does not fit pretrained weights; use model.weights: random",
             )
+    if config.model.layers is not None and isinstance(config.tuning, LoraConfig):
+        yield "model.layers", "an adapter is loaded beside the whole model; use tuning.method: full or freeze"
     if config.model.layers is not None and not config.model.layers:
         yield "model.layers", "keep at least one layer, or leave the key out to keep all"
     if config.evaluation.metrics is not None:

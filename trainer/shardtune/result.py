@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -58,8 +59,9 @@ def write_result(
         if labels:  # an adapter's folder has no config to name them
             (partial / "labels.json").write_text(json.dumps(labels, ensure_ascii=False), encoding="utf-8")
         partial.rename(folder)
-    except OSError as error:
-        raise StorageError(f"{folder}: the result cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(f"{folder}: the result cannot be written: {reason}") from error
 
 
 def _all_tensors(

@@ -15,7 +15,7 @@ from shardtune.world import rank_environment
 
 GRACE_SECONDS = 10.0
 """How long the others may take to leave by themselves after one rank has failed."""
-KNOWN_CODES = {0, 2, 3, 4, 5, 6, 7, 75}
+KNOWN_CODES = {0, 2, 3, 4, 5, 6, 7, 75, 130}
 
 
 def spawn(command: Sequence[str], ranks: int, nodes: int, node_rank: int, rendezvous: str | None) -> int:
@@ -25,11 +25,7 @@ def spawn(command: Sequence[str], ranks: int, nodes: int, node_rank: int, rendez
     was killed or crashed. SIGTERM, SIGINT and SIGUSR1 are passed on to the ranks.
     """
     address, port = _address(rendezvous)
-    processes = []
-    for local_rank in range(ranks):
-        rank = node_rank * ranks + local_rank
-        variables = rank_environment(rank, nodes * ranks, local_rank, ranks, address, port)
-        processes.append(subprocess.Popen(command, env={**os.environ, **variables}))
+    processes: list[subprocess.Popen[bytes]] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         for process in processes:
@@ -38,6 +34,10 @@ def spawn(command: Sequence[str], ranks: int, nodes: int, node_rank: int, rendez
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, pass_on)
+    for local_rank in range(ranks):
+        rank = node_rank * ranks + local_rank
+        variables = rank_environment(rank, nodes * ranks, local_rank, ranks, address, port)
+        processes.append(subprocess.Popen(command, env={**os.environ, **variables}))
     return _wait(processes, node_rank * ranks)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from shardtune.errors import FailedElsewhere, RankError, ShardtuneError
+from shardtune.errors import ConfigError, FailedElsewhere, RankError, ShardtuneError
 
 if TYPE_CHECKING:  # torch takes seconds to import, and errors in the config or the data come before it
     import torch
@@ -116,7 +116,7 @@ class World:
         try:
             yield
         except RuntimeError as error:  # gloo's has no class of its own
-            lost = isinstance(error, dist.DistNetworkError | dist.DistStoreError) or any(
+            lost = isinstance(error, dist.DistNetworkError | dist.DistStoreError | dist.DistBackendError) or any(
                 sign in str(error) for sign in ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
             )
             if self.size > 1 and lost:
@@ -162,16 +162,36 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
+def launched_local_rank() -> int:
+    """Which of this machine's ranks the process is."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def check_launcher() -> None:
+    """Refuses processes that were started together but do not know each other: they would overwrite one folder.
+
+    Raises ConfigError.
+    """
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) if "SLURM_PROCID" in os.environ else 1
+    if tasks > 1 and launched_ranks() is None:
+        raise ConfigError(
+            f"srun has started {tasks} processes that do not know each other; use slurm/train.sbatch, or one task a "
+            "node with torchrun in it"
+        )
+
+
 def join_world() -> World:
     """Joins the ranks that the launcher has started; alone, a world of one.
 
-    Raises RankError where the others cannot be reached.
+    Raises RankError where the others cannot be reached, ConfigError where a rank finds no GPU left for it.
     """
     import torch
     import torch.distributed as dist
 
     size, rank = launched_ranks() or 1, launched_rank()
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank = launched_local_rank()
+    if torch.cuda.is_available() and local_rank >= torch.cuda.device_count():
+        raise ConfigError(f"{torch.cuda.device_count()} GPUs here are too few for rank {rank}; start a rank for each")
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)

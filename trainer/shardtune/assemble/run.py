@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import math
 import os
@@ -36,7 +37,7 @@ from shardtune.data.order import Order
 from shardtune.data.splits import Splits
 from shardtune.data.steps import Steps
 from shardtune.data.tables import TokenTable, cache_folder, fingerprint, open_table, write_table
-from shardtune.errors import DataError
+from shardtune.errors import ConfigError, DataError
 from shardtune.evaluation import Evaluator, Split
 from shardtune.loop import train
 from shardtune.model.skeleton import Skeleton, build_skeleton, load_architecture
@@ -80,7 +81,13 @@ def train_run(config: Config, world: World, splits: Splits | None, command_line:
         skeleton.model.gradient_checkpointing_enable({"use_reentrant": False})
     dtype = DTYPES[config.model.dtype]
     weights = skeleton.weights(model, config.seed, dtype)
-    kind = choose_strategy(config.strategy.kind, model, world, dtype)
+    if tuning.makes_adapter and weights.grown:
+        raise ConfigError(
+            f"model.tokenizer: has {len(prepared.tokenizer):,} tokens, more than {config.model.path}; an adapter would "
+            "not hold the new ones. Use tuning.method: full, or the model's own tokenizer"
+        )
+    # One rank decides: cards may differ, and all must choose alike.
+    kind = world.first_does("strategy", lambda: choose_strategy(config.strategy.kind, model, world, dtype))
     facts = _facts(config, world, prepared, skeleton, model, kind)
     make_optimizer = functools.partial(
         optim.adamw,
@@ -142,22 +149,28 @@ def train_run(config: Config, world: World, splits: Splits | None, command_line:
     return _last_words(folder, config, reporter.before_and_after(), time.monotonic() - begun)
 
 
-def prepare(config: Config, world: World, splits: Splits | None) -> Prepared:
-    """Architecture, tokenizer and tokenized examples; what takes long is done once, on the first rank."""
+def prepare(config: Config, world: World, splits: Splits | None, result: Path | None = None) -> Prepared:
+    """Architecture, tokenizer and tokenized examples; what takes long is done once, on the first rank.
+
+    With a `result`'s folder its tokenizer and labels are used, whatever the data would give today.
+    """
     task_kind, trust = config.task.kind, config.model.trust_remote_code
     architecture = load_architecture(config.model.path, task_kind, trust)
     given = config.model.tokenizer
     newly_trained = given is not None and given.startswith("train:")
     side = config.task.truncation_side
     source = given or config.model.path
-    if newly_trained:
+    if result is not None:
+        source = str(result)
+    elif newly_trained:
         source = world.first_does("tokenizer", lambda: _trained_tokenizer(config, splits))
     tokenizer = load_tokenizer(source, side, trust)
     fit_config(architecture, tokenizer, newly_trained)
     labels: list[str] = []
     if task_kind == "classification":
-        labels = world.first_does("labels", lambda: _labels(splits))
+        labels = saved_labels(result) if result is not None else world.first_does("labels", lambda: _labels(splits))
         name_labels(architecture, labels)
+    _check_positions(config, architecture)
     task = make_task(config.task, config.model.path, tokenizer, architecture, labels)
     folders = world.first_does("tables", lambda: _tokenize(config, task, tokenizer, labels, splits))
     tables = {}
@@ -214,7 +227,36 @@ def _trained_tokenizer(config: Config, splits: Splits | None) -> str:
 
 def _labels(splits: Splits | None) -> list[str]:
     assert splits is not None
-    return sorted({text.target for text in splits.train})
+    labels = sorted({text.target for text in splits.train})
+    if len(labels) < 2:
+        raise DataError(f"every training example has the label {labels[0]!r}; there is nothing to tell apart")
+    return labels
+
+
+def saved_labels(folder: Path) -> list[str]:
+    """The labels of a classifier's result; empty for other results."""
+    path = folder / "labels.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def _check_positions(config: Config, architecture: PreTrainedConfig) -> None:
+    """Models with a learned vector for each position have only so many; relative and rotary ones go on.
+
+    Raises ConfigError where the token limits go beyond.
+    """
+    known = architecture.to_dict()
+    positions = known.get("max_position_embeddings") or known.get("n_positions")
+    unbounded = known.get("relative_attention_num_buckets") or known.get("rope_parameters") or known.get("rope_theta")
+    if not isinstance(positions, int) or unbounded:
+        return
+    if "roberta" in architecture.model_type:  # its positions begin after the padding index
+        positions -= (architecture.pad_token_id or 0) + 1
+    source, target = config.task.max_source_tokens, getattr(config.task, "max_target_tokens", 0)
+    together = config.task.kind == "causal" and getattr(config.task, "text", None) is None
+    longest = source + target if together else max(source, target)
+    if longest > positions:
+        keys = "task.max_source_tokens and task.max_target_tokens together" if together else "task.max_source_tokens"
+        raise ConfigError(f"{keys}: {longest} tokens are more than the {positions} positions of {config.model.path}")
 
 
 def _tokenize(
@@ -224,8 +266,9 @@ def _tokenize(
     assert splits is not None
     settings = config.task.model_dump(include={"kind", "max_source_tokens", "max_target_tokens", "text"})
     folders = {}
+    tokenizer_identity = identity(tokenizer)  # before tokenizing, which leaves its settings in the tokenizer
     for name, texts in (("train", splits.train), ("validation", splits.validation), ("test", splits.test)):
-        key = fingerprint("tokens", 1, splits.fingerprint, name, settings, labels, identity(tokenizer))
+        key = fingerprint("tokens", 1, splits.fingerprint, name, settings, labels, tokenizer_identity)
         folder = cache_folder() / "tokens" / key
         if open_table(folder) is None:
             pieces = (texts[start : start + ENCODED_AT_ONCE] for start in range(0, len(texts), ENCODED_AT_ONCE))

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shardtune.assemble.parts import DTYPES, make_task, metric_names
-from shardtune.assemble.run import evaluated_splits, name_labels, prepare, quiet_libraries
+from shardtune.assemble.run import evaluated_splits, name_labels, prepare, quiet_libraries, saved_labels
 from shardtune.config import ClassificationConfig, Config
 from shardtune.data.splits import Splits
 from shardtune.errors import ConfigError
@@ -29,30 +29,30 @@ from shardtune.world import join_world
 GENERATED_AT_ONCE = 8
 
 
-def load_result(config: Config, folder: Path, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+def load_result(config: Config, folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> nn.Module:
     """The model in a result's folder; an adapter comes on its base model.
 
     Raises ConfigError where the folder holds neither.
     """
-    dtype = DTYPES[config.model.dtype]
     if not (folder / "adapter_config.json").exists():
         if not (folder / "config.json").exists():
             raise ConfigError(f"{folder}: holds neither a model nor an adapter")
         return AUTO_CLASSES[config.task.kind].from_pretrained(str(folder), dtype=dtype)
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(_base_model(config, folder, tokenizer, dtype), str(folder))
+    base, _ = _base_model(config, folder, tokenizer, dtype)
+    return PeftModel.from_pretrained(base, str(folder))
 
 
 def _base_model(
     config: Config, folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
-) -> PreTrainedModel:
-    """The model that an adapter was trained beside; random weights are drawn again from the seed."""
+) -> tuple[PreTrainedModel, torch.dtype]:
+    """The model that an adapter was trained beside, and the dtype of its files; random weights are drawn again."""
     settings = config.model
     architecture = load_architecture(settings.path, config.task.kind, settings.trust_remote_code)
     newly_trained = (settings.tokenizer or "").startswith("train:")
     fit_config(architecture, tokenizer, newly_trained)
-    labels = _labels(folder)
+    labels = saved_labels(folder)
     if labels:
         name_labels(architecture, labels)
     skeleton = build_skeleton(
@@ -61,13 +61,7 @@ def _base_model(
     )  # fmt: skip
     model = skeleton.model.requires_grad_(False)
     materialize(model, skeleton.weights(model, config.seed, dtype), torch.device("cpu"))
-    return model
-
-
-def _labels(folder: Path) -> list[str]:
-    """The labels of a classifier: in its config, or beside an adapter."""
-    path = folder / "labels.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    return model, skeleton.stored_dtype
 
 
 def evaluate(config: Config, splits: Splits, folder: Path | None, split_name: str) -> str:
@@ -80,12 +74,12 @@ def evaluate(config: Config, splits: Splits, folder: Path | None, split_name: st
         raise ConfigError(f"{folder}: there is no result to evaluate; train first, or name one with --checkpoint")
     world = join_world()
     with quiet_libraries():
-        prepared = prepare(config, world, splits)
+        prepared = prepare(config, world, splits, folder)
         found = [s for s in evaluated_splits(prepared, config.evaluation.examples) if s.name == split_name]
         if not found:
             raise ConfigError(f"data.{split_name}: the {split_name} split has no examples")
         strategy = Replicated(world, DTYPES[config.model.dtype])
-        strategy.adopt(load_result(config, folder, prepared.tokenizer))
+        strategy.adopt(load_result(config, folder, prepared.tokenizer, DTYPES[config.model.dtype]))
         evaluator = Evaluator(
             prepared.task, strategy, world, metric_names(config), config.evaluation.max_new_tokens,
             config.evaluation.beams, config.batch.micro_examples, Path(config.runs) / config.name / "predictions",
@@ -101,10 +95,10 @@ def generate(config: Config, run: Path, sources: Sequence[str], as_json: bool) -
     folder = run / "final"
     with quiet_libraries():
         tokenizer = load_tokenizer(str(folder), config.task.truncation_side, config.model.trust_remote_code)
-        model = load_result(config, folder, tokenizer)
+        model = load_result(config, folder, tokenizer, DTYPES[config.model.dtype])
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model.to(device).eval()
-        labels = _labels(folder)
+        labels = saved_labels(folder)
         base = cast(PreTrainedModel, model)
         task = make_task(config.task, config.model.path, tokenizer, base.config, labels)
         how = Generation(config.evaluation.max_new_tokens, config.evaluation.beams, in_step=False)
@@ -129,9 +123,14 @@ def export(config: Config, run: Path, out: Path, merge: bool) -> str:
         shutil.copytree(folder, out)
         kind = "adapter" if is_adapter else "model"
         return f"{out}: the {kind}, as {'peft' if is_adapter else 'transformers'} loads it"
+    from peft import PeftModel
+
     with quiet_libraries():
         tokenizer = load_tokenizer(str(folder), config.task.truncation_side, config.model.trust_remote_code)
-        merged: Any = cast(Any, load_result(config, folder, tokenizer)).merge_and_unload()
+        # Merged in float32, so that the update is rounded once, and then stored as the base was.
+        base, stored = _base_model(config, folder, tokenizer, torch.float32)
+        whole: Any = PeftModel.from_pretrained(base, str(folder))
+        merged: Any = whole.merge_and_unload().to(stored)
         merged.save_pretrained(str(out))
         tokenizer.save_pretrained(str(out))
     return f"{out}: the adapter merged into {config.model.path}, as transformers loads it"

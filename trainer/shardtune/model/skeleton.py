@@ -171,14 +171,19 @@ def build_skeleton(
         folder = _weights_folder(path)
         entries = entries_by_parameter(model, open_files(find_files(folder)), layers, str(folder))
         _keep_apart(model, own, entries)
+        if task == "classification":
+            _drop_other_heads(model, entries)
         with contextlib.suppress(OSError, ValueError):  # absent in many folders
             model.generation_config = GenerationConfig.from_pretrained(path)
         _fill_buffers(model, entries)
     recorder.name_parameters(model)
     missing = [name for name, _ in model.named_parameters() if name not in entries] if pretrained else []
-    if missing and task != "classification":
+    # A classifier may come without a head, and an encoder without the pooling layer that only heads use.
+    base = model.base_model_prefix + "."
+    lacking = [n for n in missing if task != "classification" or (n.startswith(base) and "pooler" not in n)]
+    if lacking:
         raise ConfigError(
-            f"model.path {path}: its files lack {len(missing)} of the model's parameters, such as {missing[0]}"
+            f"model.path {path}: its files lack {len(lacking)} of the model's parameters, such as {lacking[0]}"
         )
     return Skeleton(model, recorder, entries, missing)
 
@@ -207,6 +212,14 @@ def _keep_apart(model: PreTrainedModel, own: dict[str, nn.Parameter], entries: d
             del model.all_tied_weights_keys[target]
 
 
+def _drop_other_heads(model: PreTrainedModel, entries: dict[str, Entry]) -> None:
+    """A head for another number of labels is not taken over."""
+    for name, parameter in model.named_parameters():
+        in_head = name in entries and not name.startswith(model.base_model_prefix + ".")
+        if in_head and entries[name].shape != parameter.shape:
+            del entries[name]
+
+
 def _fill_buffers(model: PreTrainedModel, entries: dict[str, Entry]) -> None:
     for name, buffer in model.named_buffers():
         entry = entries.get(name)
@@ -221,6 +234,7 @@ def _weights_folder(path: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.safetensors.index.json", "*.json"]))
+        wanted = ["*.safetensors", "*.json"]
+        return Path(snapshot_download(path, allow_patterns=wanted, ignore_patterns=["consolidated*"]))
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path {path}: {str(error).strip().splitlines()[0]}") from None

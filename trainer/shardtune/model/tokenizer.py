@@ -90,14 +90,19 @@ def fit_config(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, new
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": tokenizer.bos_token_id,
     }
-    roles = {getattr(text_config, name, None): value for name, value in reversed(new.items())}
+    roles = {_first(getattr(text_config, name, None)): value for name, value in reversed(new.items())}
     for name in ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"):
-        old = getattr(text_config, name, None)
+        old = _first(getattr(text_config, name, None))
         if old is not None:
             setattr(text_config, name, roles.get(old, tokenizer.pad_token_id))
     for name, value in new.items():
         setattr(text_config, name, value)
     text_config.vocab_size = len(tokenizer)
+
+
+def _first(token_id: int | list[int] | None) -> int | None:
+    """Some configs list several end tokens."""
+    return token_id[0] if isinstance(token_id, list) else token_id
 
 
 def decoder_start(config: PreTrainedConfig, path: str) -> int:

@@ -35,15 +35,19 @@ class InitialWeights:
         self._recipes: dict[str, Recipe] = {}
         self._dtypes: dict[str, torch.dtype] = {}
         self._tails: dict[str, int] = {}
+        self._elements: dict[str, int] = {}
+        embeddings = _embeddings(model)
         for name, parameter in model.named_parameters():
             recipe = recorder.recipe(parameter)
             recipe.name = recipe.name or name
             self._recipes[name] = recipe
+            self._elements[name] = parameter.numel()
             self._dtypes[name] = torch.float32 if parameter.requires_grad else compute_dtype
             entry = entries.get(recipe.name)
             if entry is not None:
                 stored = math.prod(entry.shape)
-                grown = entry.shape[1:] == parameter.shape[1:] and stored < parameter.numel()
+                vocabulary = any(parameter is embedding for embedding in embeddings)
+                grown = vocabulary and entry.shape[1:] == parameter.shape[1:] and stored < parameter.numel()
                 if entry.shape != parameter.shape and not grown:
                     raise ConfigError(
                         f"{entry.file}: {recipe.name} has shape {list(entry.shape)}, "
@@ -52,6 +56,11 @@ class InitialWeights:
                 self._tails[name] = stored
             if self._tails.get(name, 0) < parameter.numel() and not recipe.covers(parameter.numel()):
                 raise ConfigError(f"model.weights: {recipe.name} is in no file and has no known initialization")
+
+    @property
+    def grown(self) -> list[str]:
+        """Parameters of which the files hold only the first rows."""
+        return [name for name, stored in self._tails.items() if stored < self._elements[name]]
 
     def dtype(self, name: str) -> torch.dtype:
         """float32 for trained parameters, the compute dtype for frozen ones."""
@@ -70,6 +79,12 @@ class InitialWeights:
         if stop <= stored:
             return entry.read(start, stop)
         return torch.cat([entry.read(start, stored).float(), recipe.draw(self._seed, stored, stop)])
+
+
+def _embeddings(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters with a row for each token of the vocabulary."""
+    modules = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if isinstance(m, nn.Module)]  # pyright: ignore
+    return [parameter for module in modules for parameter in module.parameters()]
 
 
 def entries_by_parameter(

@@ -23,7 +23,8 @@ class Zero:
     """Implements the Strategy protocol over a DeepSpeed engine.
 
     The loop counts targets, clips and schedules for every strategy alike, so the engine is told not to: no scaling by
-    accumulation steps, no clipping, no schedule. In bfloat16 parameters are bfloat16 and master weights float32.
+    accumulation steps, no clipping, no schedule. In bfloat16 parameters are bfloat16, master weights float32, and
+    gradients are summed in float32 over ranks and, but for stage 1, over micro-batches.
     """
 
     model: nn.Module
@@ -73,6 +74,7 @@ class Zero:
             "zero_optimization": {"stage": self._stage, "overlap_comm": self._world.device.type == "cuda"},
             "bf16": {"enabled": self._dtype == torch.bfloat16},
             "data_types": {"grad_accum_dtype": accumulate_in},
+            "communication_data_type": "fp32",
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "gradient_clipping": 0.0,
