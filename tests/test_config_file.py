@@ -425,8 +425,9 @@ def random_config(rng: random.Random) -> Config:
     if rng.random() < 0.5:
         values["data"]["splits"] = rng.choice([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0], [0.9, 0, 0.1]])
     values["duration"] = rng.choice([{"epochs": 0.1}, {"epochs": 3}, {"steps": 0}, {"steps": 7}])
-    if values.get("model", {}).get("layers") == []:
-        del values["model"]["layers"]
+    tuned = values.get("tuning", {}).get("method")
+    if values.get("model", {}).get("layers") == [] or tuned == "lora":
+        values.get("model", {}).pop("layers", None)
     if "evaluation" in values:
         values["evaluation"]["metrics"] = rng.choice([None, [], ["perplexity"]])
     return Config.model_validate(values)
@@ -486,6 +487,8 @@ EXACTLY = "the input comes from exactly one of"
          "use model.weights: random"),
         (BASE.replace("a/b", "a/b, layers: []"),
          "FILE:1 model.layers: keep at least one layer, or leave the key out to keep all"),
+        (BASE.replace("a/b", "a/b, layers: [0]") + "tuning: {method: lora}\n",
+         "FILE:1 model.layers: an adapter is loaded beside the whole model; use tuning.method: full or freeze"),
         (BASE + "evaluation: {metrics: [rouge, accuracy]}",
          "FILE:4 evaluation.metrics: accuracy need task.kind: classification"),
         (CLASSES + "  text: x\nevaluation: {metrics: [rouge, accuracy, perplexity]}",
