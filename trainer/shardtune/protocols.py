@@ -175,9 +175,9 @@ class Strategy(Protocol):
         """The model in eval mode without gradients, for `loss_sum` and for `generate`."""
         ...
 
-    def full_parameters(self, only_trained: bool) -> Iterator[tuple[str, Tensor | None]]:
-        """Each parameter whole, on the CPU of rank 0 (None elsewhere), trained ones in float32. All ranks
-        iterate; at most one parameter is whole at a time."""
+    def full_trained(self) -> Iterator[tuple[str, Tensor | None]]:
+        """Each trained parameter whole, float32, on the CPU of rank 0 (None elsewhere). All ranks iterate; at
+        most one parameter is whole at a time."""
         ...
 
 

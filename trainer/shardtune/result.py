@@ -40,7 +40,7 @@ def write_result(
     An adapter is float32; a model has `stored_dtype`, that of the weights it began from, and what was not trained is
     taken from them unrounded. Raises StorageError on the first rank; the folder is whole or absent.
     """
-    trained = strategy.full_parameters(only_trained=True)
+    trained = strategy.full_trained()
     if not is_first:
         for _ in trained:
             pass

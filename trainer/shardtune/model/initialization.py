@@ -9,7 +9,6 @@ it keeps, and every layout draws the same values.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,10 +135,3 @@ class Recorder(TorchDispatchMode):
         self.recipe(target).operations.append(
             Operation(name, start, start + target.numel(), arguments, keywords, values)
         )
-
-
-def recorded(model: nn.Module, recorder: Recorder, initialize: Callable[[], None]) -> None:
-    """Runs a model's own initialization under the recorder and names the recipes."""
-    with recorder:
-        initialize()
-    recorder.name_parameters(model)

@@ -104,12 +104,11 @@ class Fsdp2:
         model.reshard()
         self.model.train()
 
-    def full_parameters(self, only_trained: bool) -> Iterator[tuple[str, Tensor | None]]:
+    def full_trained(self) -> Iterator[tuple[str, Tensor | None]]:
         """Gathered one at a time."""
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad or not only_trained:
-                whole = cast(DTensor, parameter.detach()).full_tensor()
-                yield name, whole.cpu() if self._world.is_first else None
+        for name, parameter in trained_parameters(self.model):
+            whole = cast(DTensor, parameter.detach()).full_tensor()
+            yield name, whole.cpu() if self._world.is_first else None
 
     def _gradients(self) -> list[Tensor]:
         return [cast(DTensor, p.grad).to_local() for _, p in trained_parameters(self.model) if p.grad is not None]

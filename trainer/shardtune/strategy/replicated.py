@@ -86,11 +86,10 @@ class Replicated:
             yield self._module
         self._module.train()
 
-    def full_parameters(self, only_trained: bool) -> Iterator[tuple[str, Tensor | None]]:
+    def full_trained(self) -> Iterator[tuple[str, Tensor | None]]:
         """Rank 0 has them all."""
-        for name, parameter in self._module.named_parameters():
-            if parameter.requires_grad or not only_trained:
-                yield name, parameter.detach().cpu() if self._world.is_first else None
+        for name, parameter in trained_parameters(self._module):
+            yield name, parameter.detach().cpu() if self._world.is_first else None
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for _, p in trained_parameters(self._module) if p.grad is not None]

@@ -144,18 +144,11 @@ class Zero:
             yield self._module
         self._module.train()
 
-    def full_parameters(self, only_trained: bool) -> Iterator[tuple[str, Tensor | None]]:
+    def full_trained(self) -> Iterator[tuple[str, Tensor | None]]:
         """Trained parameters from the master weights, one at a time."""
-        import deepspeed
         from deepspeed.utils import safe_get_full_fp32_param
 
-        for name, parameter in self._module.named_parameters():
-            if not parameter.requires_grad:
-                if only_trained:
-                    continue
-                with deepspeed.zero.GatheredParameters([parameter], enabled=self._stage == 3):
-                    yield name, parameter.detach().cpu().clone() if self._world.is_first else None
-                continue
+        for name, parameter in trained_parameters(self._module):
             whole = safe_get_full_fp32_param(parameter)
             assert whole is not None
             yield name, whole.detach().cpu().view(_full_shape(parameter)) if self._world.is_first else None
