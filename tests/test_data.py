@@ -9,7 +9,6 @@ import random
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -391,13 +390,10 @@ assert not {"torch", "transformers", "antigravity"} & set(sys.modules)
 
 
 def test_the_installed_documentation_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    start = time.perf_counter()
     first = read("docs:python")
-    middle = time.perf_counter()
+    monkeypatch.setattr(docs, "extract", lambda *_: pytest.fail("the documentation was read a second time"))
     second = read("docs:python")
-    print(f"{len(first)} pairs, first {middle - start:.1f} s, cached {time.perf_counter() - middle:.2f} s")
     assert first == second
-    assert time.perf_counter() - middle < (middle - start) / 4
     assert len(first) > 2000
     assert all(row.place.startswith("docs:python:") for row in first)
     assert {"document", "summary", "section", "name"} == set(first[0].fields)
