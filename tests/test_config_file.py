@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
+from shardtune.aliases import ALIASES
 from shardtune.config import CausalConfig, ClassificationConfig, Config, LoraConfig, Seq2SeqConfig, conflicts
-from shardtune.config_file import ALIASES, NOT_YET, dump_config, keys_of, load_config
+from shardtune.config_file import NOT_YET, dump_config, keys_of, load_config
 from shardtune.errors import ConfigError
 
 BASE = "model: {path: a/b}\ntask: {kind: seq2seq, source: s, target: t}\ndata: {train: x.jsonl}\n"
@@ -277,7 +278,8 @@ checkpoint: 7
         ("batch: {examples: true}", "batch.examples: should be an integer, not true"),
         ("evaluation: {metrics: rouge}", "evaluation.metrics: should be a list, not 'rouge'"),
         ("name: 12", "name: should be a string, not 12"),
-        ("tracking: {wandb: true}", "tracking.wandb: true is not one of false"),
+        ("name: a/b", "name: 'a/b' should be letters, digits, '.', '_' and '-', beginning with a letter or a digit"),
+        ("tracking: {wandb: true}", "tracking.wandb: true is not possible in this version, only false"),
         ("strategy: {kind: fsdp}", "strategy.kind: 'fsdp' is not one of auto, single, ddp, fsdp2, zero1, zero2, zero3; "
                                    "did you mean fsdp2?"),
         ("batch: {tokens: 4096}", "batch.tokens: this version does not have this key yet; leave it out"),
@@ -490,11 +492,11 @@ EXACTLY = "the input comes from exactly one of"
         (BASE.replace("a/b", "a/b, layers: [0]") + "tuning: {method: lora}\n",
          "FILE:1 model.layers: an adapter is loaded beside the whole model; use tuning.method: full or freeze"),
         (BASE + "evaluation: {metrics: [rouge, accuracy]}",
-         "FILE:4 evaluation.metrics: accuracy need task.kind: classification"),
+         "FILE:4 evaluation.metrics: accuracy: only for task.kind: classification"),
         (CLASSES + "  text: x\nevaluation: {metrics: [rouge, accuracy, perplexity]}",
          "FILE:7 evaluation.metrics: perplexity, rouge: classification has labels, no texts"),
         (CAUSAL + "  text: x\nevaluation: {metrics: [rouge, chrf, perplexity]}",
-         "FILE:6 evaluation.metrics: chrf, rouge need a target; task.text has none"),
+         "FILE:6 evaluation.metrics: chrf, rouge: only with a target; task.text has none"),
     ],
 )  # fmt: skip
 def test_conflict(file: File, text: str, fault: str) -> None:

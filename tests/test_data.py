@@ -624,6 +624,9 @@ def test_labels_that_train_has_not(tmp_path: Path) -> None:
             f"{other}:2 field `l`: the label 'maybe' is not in the training data; known are: false, true"
         )
     assert read_splits(train, other, None, SHARES, fields, labels=False).validation[1].target == "maybe"
+    ids = [{"t": f"t{n}", "l": n} for n in range(100)]
+    with pytest.raises(DataError, match=r"training examples have \d+ different labels, and none of the \d+ valid"):
+        read_splits(jsonl(tmp_path / "ids.jsonl", ids), None, None, SHARES, fields, labels=True)
     # Where a hash divides the data, rare classes outside train are no fault of the user's.
     items = [{"t": f"t{n}", "l": "often"} for n in range(200)] + [{"t": f"u{n}", "l": f"rare {n}"} for n in range(100)]
     splits = read_splits(jsonl(tmp_path / "all.jsonl", items), None, None, SHARES, fields, labels=True)

@@ -119,6 +119,18 @@ def test_all_problems_at_once(tmp_path: Path, cache: Path) -> None:
     assert not imports_torch(done)
 
 
+def test_conflicts_are_told_beside_wrong_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny_config(
+        tmp_path, name="a/b", batch__examples="many", task__prompt="{text}", duration={"steps": 1, "epochs": 1}
+    )
+    assert main(["train", "--config", str(config), "batch.micro_exampels=1"]) == ConfigError.exit_code
+    said = capsys.readouterr().err.splitlines()[1:]
+    starts = ("name", "batch.examples", "batch.micro_exampels", "task.prompt", "duration")
+    for key in starts:
+        assert sum(f" {key}: " in line for line in said) == 1, said
+    assert len(said) == len(starts), "nothing that only a default in place of a wrong value makes wrong"
+
+
 @pytest.mark.parametrize("launcher", ["shardtune", "torchrun", "deepspeed"])
 def test_wrong_config_on_two_ranks(launcher: str, tmp_path: Path, cache: Path) -> None:
     config = tiny_config(tmp_path, optimizer__learning_rate=1)
@@ -145,6 +157,33 @@ def test_help_and_wrong_flags(arguments: list[str], code: int, cache: Path) -> N
     assert "usage: shardtune" in done.out + done.err
     assert not imports_torch(done)
     assert "Traceback" not in done.err
+
+
+def test_overrides_stand_anywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny_config(tmp_path)
+    words = ["train", "a.b=1", "--config", str(config), "c.d=2", "e.f=3", "--ranks", "1", "g.h=4"]
+    assert main(words) == ConfigError.exit_code
+    said = capsys.readouterr().err
+    assert [key for key in ("a.b", "c.d", "e.f", "g.h") if f"command line {key[0]}: unknown key" in said] == [
+        "a.b", "c.d", "e.f", "g.h",
+    ], said  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "--config", "x", "--epochs", "3"], "--epochs: unknown option; keys of the config are given as"),
+        (["train", "--config", "x", "--strategy.kind=ddp"], "--strategy.kind=ddp: unknown option"),
+        (["export", "--run", "x", "--out", "y", "z"], "z: unknown"),
+    ],
+)
+def test_unknown_options(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == ConfigError.exit_code
+    said = capsys.readouterr().err
+    assert message in said
+    assert f"usage: shardtune {words[0]}" in said
 
 
 CONFLICTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -337,6 +376,23 @@ def test_weights_that_are_not_finite(tmp_path: Path, pretrained: Path, cache: Pa
 
 
 # --------------------------------------------------------------------------------------------------- ranks
+
+
+def test_a_folder_that_a_run_is_writing(tmp_path: Path, cache: Path) -> None:
+    config = tiny_config(tmp_path, duration__steps=100_000, evaluation__every=1_000_000)
+    metrics = tmp_path / "runs" / "tiny" / "metrics.jsonl"
+    with started(command("shardtune", 2, "--config", config), cache, tmp_path / "output"):
+        assert wait_for(lambda: metrics.exists() and metrics.stat().st_size > 0, 120), (tmp_path / "output").read_text()
+        for overrides in ([], ["checkpoint.resume=never"]):
+            done = train(config, cache, "python", 1, *overrides)
+            check(done, ConfigError.exit_code, f"{metrics.parent}: another run is writing there")
+        size = metrics.stat().st_size
+        assert wait_for(lambda: metrics.stat().st_size > size, 60), "the first run goes on"
+        assert [path.name for path in metrics.parents[1].iterdir()] == ["tiny"]
+    # The lock ends with the process that held it.
+    done = train(config, cache, "python", 1, "duration.steps=1")
+    assert done.code == 0, done.said
+    assert f"what was there is now in {metrics.parent}.old-1" in done.err
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -188,6 +188,7 @@ def test_a_finished_run_started_again(runs: Runs) -> None:
     again = run(command("python", 1, "--config", done.config, *overrides), runs.cache, imports=True)
     assert again.code == 0, again.said
     assert "this run is finished" in again.out
+    assert "it was trained with" not in again.out
     assert str(done.folder / "final") in again.out
     assert "torch" not in again.modules
     assert sorted((path, path.stat().st_mtime_ns) for path in done.folder.rglob("*")) == before
@@ -195,6 +196,7 @@ def test_a_finished_run_started_again(runs: Runs) -> None:
     two = run(command("torchrun", 2, "--config", done.config, f"name={done.folder.name}"), runs.cache)
     assert two.code == 0, two.said
     assert two.out.count("this run is finished") == 1
+    assert "it was trained with strategy.kind: single, not " in two.out, "what has changed since is told"
 
 
 def test_never_sets_the_old_folder_aside(runs: Runs) -> None:
@@ -271,7 +273,10 @@ def test_generate_by_itself(results: dict[str, Run], runs: Runs, shardtune: Shar
     first = json.loads((folder / "predictions" / "step-3-validation.jsonl").read_text().splitlines()[0])
     done = run([str(BIN / "shardtune"), "generate", "--run", str(folder), first["source"]], runs.cache)
     assert (done.code, done.out, done.err) == (0, first["prediction"] + "\n", ""), done.said
+    long = run([str(BIN / "shardtune"), "generate", "--run", str(folder), "word " * 500], runs.cache)
+    assert (long.code, long.err) == (0, "text 1 of 1 was cut to task.max_source_tokens (48) tokens"), long.said
     assert shardtune("generate", "--run", folder)[0] == 2
+    assert "both are given" in shardtune("generate", "--run", folder, "text", "--input", "file.jsonl")[2]
     assert shardtune("generate", "--run", tmp_path, "text")[0] == 2
 
 
@@ -286,6 +291,16 @@ def test_evaluate(model: str, results: dict[str, Run], shardtune: Shardtune) -> 
     expected = next(line for line in lines(done.folder) if line.get("split") == split)
     assert shown == {key: pytest.approx(expected[key], abs=1e-4) for key in ("loss", *METRICS[model])}
     assert (done.folder / "predictions" / f"step-final-{split}.jsonl").exists()
+
+
+@pytest.mark.parametrize(("config_of", "result_of"), [("bert", "t5"), ("t5", "bert")])
+def test_evaluate_a_result_of_another_task(
+    config_of: str, result_of: str, results: dict[str, Run], shardtune: Shardtune
+) -> None:
+    folder = results[result_of].folder / "final"
+    code, _, err = shardtune("evaluate", "--config", results[config_of].config, "--checkpoint", folder)
+    assert code == 2
+    assert f"{folder}" in err
 
 
 def test_export_of_a_model(results: dict[str, Run], shardtune: Shardtune, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import shardtune
 from shardtune.errors import ConfigError, FailedElsewhere, NumbersError, ShardtuneError, StorageError
 
 if TYPE_CHECKING:
@@ -31,10 +32,29 @@ class Parser(argparse.ArgumentParser):
         """Prints the message and the usage, and exits with code 2."""
         self.exit(ConfigError.exit_code, f"shardtune: {message}\n{self.format_usage()}")
 
+    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """The options; overrides may stand anywhere among them."""
+        options, unknown = self.parse_known_args(arguments)
+        command: Parser = getattr(options, "command", self)
+        if hasattr(options, "overrides"):
+            options.overrides += [word for word in unknown if _is_override(word)]
+            unknown = [word for word in unknown if not _is_override(word)]
+            if any(word.startswith("--") for word in unknown):
+                command.error(
+                    f"{unknown[0]}: unknown option; keys of the config are given as key.path=value, no dashes"
+                )
+        if unknown:
+            command.error(f"{unknown[0]}: unknown")
+        return options
+
+
+def _is_override(word: str) -> bool:
+    return not word.startswith("-") and "=" in word
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The console script `shardtune`. Returns the exit code."""
-    options = _parser().parse_args(sys.argv[1:] if arguments is None else arguments)
+    options = _parser().parse(sys.argv[1:] if arguments is None else arguments)
     return _guarded(lambda: options.run(options))
 
 
@@ -43,7 +63,7 @@ def train_as_rank(arguments: Sequence[str]) -> int:
     parser = Parser(prog="train.py", description="Train from a config file: one rank of a run.")
     _add_config(parser)
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed appends it
-    options = parser.parse_args(arguments)
+    options = parser.parse(arguments)
     return _guarded(lambda: _train_here(options))
 
 
@@ -52,6 +72,7 @@ def _parser() -> Parser:
         prog="shardtune",
         description="Fine-tune encoder-decoders, decoders and encoders from one config file, on one device or many.",
     )
+    parser.add_argument("--version", action="version", version=f"shardtune {shardtune.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
 
     train = commands.add_parser("train", help="train from a config file; spawns the ranks itself")
@@ -60,7 +81,7 @@ def _parser() -> Parser:
     train.add_argument("--nodes", type=int, default=1, metavar="N", help="machines that run this same command")
     train.add_argument("--node-rank", type=int, default=0, metavar="K", help="which of them this is, from 0")
     train.add_argument("--rendezvous", metavar="HOST:PORT", help="where node 0 is reached, with several nodes")
-    train.set_defaults(run=_train)
+    train.set_defaults(run=_train, command=train)
 
     evaluate = commands.add_parser("evaluate", help="judge a tuned model on a split")
     _add_config(evaluate)
@@ -68,19 +89,19 @@ def _parser() -> Parser:
         "--checkpoint", type=Path, metavar="PATH", help="a result's folder (default: the run's final)"
     )
     evaluate.add_argument("--split", choices=["validation", "test"], default="test", help="default: test")
-    evaluate.set_defaults(run=_evaluate)
+    evaluate.set_defaults(run=_evaluate, command=evaluate)
 
     generate = commands.add_parser("generate", help="try the tuned model")
     generate.add_argument("--run", type=Path, required=True, metavar="DIR", dest="folder", help="the run's folder")
     generate.add_argument("--input", type=Path, metavar="FILE.jsonl", help="rows with the fields of the training data")
     generate.add_argument("text", nargs="?", metavar="TEXT", help="one source text")
-    generate.set_defaults(run=_generate)
+    generate.set_defaults(run=_generate, command=generate)
 
     export = commands.add_parser("export", help="write the result as a Hugging Face folder")
     export.add_argument("--run", type=Path, required=True, metavar="DIR", dest="folder", help="the run's folder")
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that does not exist yet")
     export.add_argument("--merge", action="store_true", help="merge an adapter into its base model")
-    export.set_defaults(run=_export)
+    export.set_defaults(run=_export, command=export)
 
     doctor = commands.add_parser("doctor", help="what this machine can run, and what is missing")
     doctor.set_defaults(run=_doctor)
@@ -105,7 +126,10 @@ def _guarded(work: Callable[[], int]) -> int:
     except ShardtuneError as error:
         return _failed(error)
     except KeyboardInterrupt:
-        print("shardtune: interrupted", file=sys.stderr)
+        from shardtune.world import launched_local_rank
+
+        if launched_local_rank() == 0:
+            print("shardtune: interrupted", file=sys.stderr)
         return 130
     except OSError as error:
         if error.errno in STORAGE_ERRORS:
@@ -145,8 +169,13 @@ def _train(options: argparse.Namespace) -> int:
     ranks = options.ranks
     if ranks is None:
         ranks = 1 if config.strategy.kind == "single" and options.nodes == 1 else max(1, _visible_gpus())
-    if ranks < 1 or options.nodes < 1 or not 0 <= options.node_rank < options.nodes:
-        raise ConfigError("command line: --ranks and --nodes are 1 or more, --node-rank is below --nodes")
+    for name, value in (("--ranks", ranks), ("--nodes", options.nodes)):
+        if value < 1:
+            raise ConfigError(f"command line {name}: {value} is not 1 or more")
+    if not 0 <= options.node_rank < options.nodes:
+        raise ConfigError(
+            f"command line --node-rank: {options.node_rank} is not in 0 to {options.nodes - 1}, below --nodes"
+        )
     if options.nodes > 1 and options.rendezvous is None:
         raise ConfigError("command line --rendezvous: several nodes need HOST:PORT of node 0")
     _check_ranks(config, ranks * options.nodes)
@@ -174,10 +203,10 @@ def _train_here(options: argparse.Namespace, config: Config | None = None) -> in
     folder = Path(config.runs) / config.name
     if config.checkpoint.resume == "auto" and is_finished(folder):
         if rank == 0:
-            print(
-                f"{folder}: this run is finished; its result is in {folder / 'final'}.\n"
-                "Give checkpoint.resume=never to set it aside and start anew, or another name."
-            )
+            print(f"{folder}: this run is finished; its result is in {folder / 'final'}.")
+            for change in _changes(config, folder / "config.yaml"):
+                print(f"  it was trained with {change}")
+            print("Give checkpoint.resume=never to set it aside and start anew, or another name.")
         return 0
     splits = read_texts(config) if ranks == 1 else None
     world = join_world()
@@ -199,6 +228,17 @@ def _train_here(options: argparse.Namespace, config: Config | None = None) -> in
             print(last_words, flush=True)
     world.close()  # not after an error: it would wait for collectives that will never end
     return 0
+
+
+def _changes(config: Config, file: Path) -> list[str]:
+    """How the config in `file` differs from this one, a line for each key; what cannot be read does not differ."""
+    from shardtune.config_file import flat, load_config
+
+    try:
+        now, then = flat(config), flat(load_config(file, []))
+    except ConfigError:
+        return []
+    return [f"{key}: {then.get(key)}, not {now.get(key)}" for key in {**then, **now} if then.get(key) != now.get(key)]
 
 
 def _moved(path: Path | None) -> str | None:
@@ -233,7 +273,8 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _generate(options: argparse.Namespace) -> int:
     if (options.text is None) == (options.input is None):
-        raise ConfigError("command line: give a TEXT or --input FILE.jsonl")
+        problem = "neither is" if options.text is None else "both are"
+        raise ConfigError(f"command line: give a TEXT or --input FILE.jsonl; {problem} given")
     config = _config_of_run(options.folder)
     from shardtune.assemble.data import read_sources
 

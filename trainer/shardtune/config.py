@@ -180,7 +180,8 @@ class OptimizerConfig(Section):
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
     """Added to the denominator of the update."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """After warm-up: constant, or falling to zero at the last step along a line or a half cosine."""
+    """After warm-up: constant, or falling along a line or a half cosine, to be
+    zero once the last step is taken. Step 1 of a warm-up has rate 0, as in transformers."""
     warmup: Annotated[float, Field(ge=0.0)] = 0.03
     """Linear rise from zero: a share of the steps below 1, a number of steps from 1 on."""
     max_grad_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
@@ -324,6 +325,9 @@ def conflicts(config: Config) -> Iterator[tuple[str, str]]:
         if task.kind == "classification" and names - for_labels - {"perplexity"}:
             yield "evaluation.metrics", f"{', '.join(sorted(names - for_labels))}: classification has labels, no texts"
         if task.kind != "classification" and names & for_labels:
-            yield "evaluation.metrics", f"{', '.join(sorted(names & for_labels))} need task.kind: classification"
+            yield "evaluation.metrics", f"{', '.join(sorted(names & for_labels))}: only for task.kind: classification"
         if isinstance(task, CausalConfig) and task.text is not None and names & for_texts:
-            yield "evaluation.metrics", f"{', '.join(sorted(names & for_texts))} need a target; task.text has none"
+            yield (
+                "evaluation.metrics",
+                f"{', '.join(sorted(names & for_texts))}: only with a target; task.text has none",
+            )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -12,95 +14,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from shardtune.aliases import ALIASES
 from shardtune.config import Config, conflicts
 from shardtune.errors import ConfigError
 
 COMMAND_LINE = "command line"
-
-# What other tools call our keys.
-ALIASES = {
-    "learning_rate": "optimizer.lr",
-    "adam_beta1": "optimizer.betas",
-    "adam_beta2": "optimizer.betas",
-    "adam_epsilon": "optimizer.eps",
-    "lr_scheduler_type": "optimizer.schedule",
-    "lr_scheduler": "optimizer.schedule",
-    "scheduler": "optimizer.schedule",
-    "warmup_ratio": "optimizer.warmup",
-    "warmup_steps": "optimizer.warmup",
-    "gradient_clipping": "optimizer.max_grad_norm",
-    "optim": "optimizer.name",
-    "per_device_train_batch_size": "batch.micro_examples",
-    "micro_batch_size": "batch.micro_examples",
-    "train_batch_size": "batch.examples",
-    "batch_size": "batch.examples",
-    "gradient_accumulation_steps": "batch.examples",
-    "global_batch_size": "batch.examples",
-    "num_train_epochs": "duration.epochs",
-    "num_epochs": "duration.epochs",
-    "max_steps": "duration.steps",
-    "model_name_or_path": "model.path",
-    "base_model": "model.path",
-    "model_name": "model.path",
-    "tokenizer_name": "model.tokenizer",
-    "tokenizer_name_or_path": "model.tokenizer",
-    "torch_dtype": "model.dtype",
-    "bf16": "model.dtype",
-    "fp16": "model.dtype",
-    "attn_implementation": "model.attention",
-    "flash_attention": "model.attention",
-    "flash_attn": "model.attention",
-    "gradient_checkpointing": "model.recompute",
-    "train_file": "data.train",
-    "train_files": "data.train",
-    "dataset": "data.train",
-    "datasets": "data.train",
-    "dataset_name": "data.train",
-    "validation_file": "data.validation",
-    "val_file": "data.validation",
-    "eval_dataset": "data.validation",
-    "test_file": "data.test",
-    "val_set_size": "data.splits",
-    "group_by_length": "data.batching",
-    "sample_packing": "data.batching",
-    "packing": "data.batching",
-    "max_source_length": "task.max_source_tokens",
-    "max_seq_length": "task.max_source_tokens",
-    "max_length": "task.max_source_tokens",
-    "cutoff_len": "task.max_source_tokens",
-    "sequence_len": "task.max_source_tokens",
-    "max_target_length": "task.max_target_tokens",
-    "text_column": "task.source",
-    "summary_column": "task.target",
-    "source_prefix": "task.prompt",
-    "lora_r": "tuning.rank",
-    "lora_rank": "tuning.rank",
-    "r": "tuning.rank",
-    "lora_alpha": "tuning.alpha",
-    "lora_dropout": "tuning.dropout",
-    "lora_target": "tuning.targets",
-    "target_modules": "tuning.targets",
-    "lora_target_modules": "tuning.targets",
-    "finetuning_type": "tuning.method",
-    "adapter": "tuning.method",
-    "peft": "tuning.method",
-    "output_dir": "runs",
-    "run_name": "name",
-    "deepspeed": "strategy.kind",
-    "fsdp": "strategy.kind",
-    "zero_stage": "strategy.kind",
-    "eval_steps": "evaluation.every",
-    "evaluation_strategy": "evaluation.every",
-    "eval_strategy": "evaluation.every",
-    "num_beams": "evaluation.beams",
-    "generation_max_length": "evaluation.max_new_tokens",
-    "max_eval_samples": "evaluation.examples",
-    "save_steps": "checkpoint.every",
-    "save_total_limit": "checkpoint.keep",
-    "resume_from_checkpoint": "checkpoint.resume",
-    "logging_steps": "tracking.every",
-    "report_to": "tracking.tensorboard",
-}
 
 # Keys and values that are planned: naming them is no typing error, so it deserves its own words.
 NOT_YET = {
@@ -179,14 +97,17 @@ def load_config(path: Path, overrides: list[str]) -> Config:
     _read_file(path, source)
     for override in overrides:
         _apply_override(override, source)
-    config = None
+    config, wrong_sections = None, set[str]()
     try:
         config = Config.model_validate(source.values)
     except ValidationError as error:
-        for detail in error.errors(include_url=False):
+        details = error.errors(include_url=False)
+        for detail in details:
             _explain(detail, source)
-    if config is not None:
-        for key, problem in conflicts(config):
+        wrong_sections = {str(detail["loc"][0]) for detail in details}
+        config = _without_wrong_values(source.values, details)
+    for key, problem in conflicts(config) if config is not None else []:
+        if key.partition(".")[0] not in wrong_sections:
             source.problems.append(f"{source.place(tuple(key.split('.')))} {key}: {problem}")
     if config is None or source.problems:
         raise ConfigError("\n".join(source.problems))
@@ -198,6 +119,35 @@ def dump_config(config: Config) -> str:
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Yaml12Dumper, sort_keys=False, allow_unicode=True)
 
 
+def flat(config: Config) -> dict[str, Any]:
+    """Dotted key -> value, for all keys of the config."""
+
+    def walk(section: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in section.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, value
+
+    return dict(walk(config.model_dump(mode="json"), ""))
+
+
+def _without_wrong_values(values: dict[str, Any], details: list[ErrorDetails]) -> Config | None:
+    """The config with defaults in place of wrong values, to find what else is wrong; None where that cannot be."""
+    values = copy.deepcopy(values)
+    for detail in details:
+        *sections, last = _without_tags(detail["loc"])
+        inner: Any = values
+        for part in sections:
+            inner = inner.get(part) if isinstance(inner, dict) else None
+        if isinstance(inner, dict):
+            inner.pop(last, None)
+    try:
+        return Config.model_validate(values)
+    except ValidationError:
+        return None
+
+
 def _read_file(path: Path, source: Source) -> None:
     try:
         text = path.read_text(encoding="utf-8")
@@ -205,7 +155,9 @@ def _read_file(path: Path, source: Source) -> None:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], 1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise ConfigError(f"{path}: there is no such config file{hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: cannot be read as UTF-8 text: {error}") from None
     try:
         loader = Yaml12Loader(text)
@@ -302,6 +254,8 @@ def _explain(detail: ErrorDetails, source: Source) -> None:
         )
     elif kind == "literal_error":
         message = _not_one_of(given, re.findall(r"'([^']*)'|\b(True|False)\b", context["expected"]))
+    elif kind == "string_pattern_mismatch":
+        message = f"{_show(given)} should be letters, digits, '.', '_' and '-', beginning with a letter or a digit"
     elif kind in {"too_short", "too_long"}:
         count = context.get("min_length", context.get("max_length"))
         message = f"should be a list of {count}, not {_show(given)}"
@@ -323,6 +277,8 @@ def _not_one_of(given: object, allowed: list[Any]) -> str:
     names = [a if isinstance(a, str) else (a[0] or a[1].lower()) for a in allowed]
     near = difflib.get_close_matches(str(given).lower(), names, 1, 0.5)
     hint = f"; did you mean {near[0]}?" if near else ""
+    if names in (["true"], ["false"]):
+        return f"{_show(given)} is not possible in this version, only {names[0]}"
     return f"{_show(given)} is not one of {', '.join(names)}{hint}"
 
 

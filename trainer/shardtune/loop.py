@@ -64,7 +64,7 @@ def train(
             raise NumbersError(
                 f"step {state.step + 1}: loss {loss}, gradient norm {grad_norm}: not finite; the step was not taken. "
                 f"Its examples are rows {', '.join(map(str, step.examples[:16]))}{' …' * (len(step.examples) > 16)} "
-                "of the training data; a lower optimizer.lr or model.dtype=float32 may help"
+                "of the training data; a lower optimizer.lr may help, or model.dtype=float32 if it is another"
             )
         lr = learning_rate(state.step)
         strategy.step(lr, clip_scale(grad_norm))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -10,7 +11,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from shardtune.errors import StorageError
+from shardtune.errors import ConfigError, StorageError
 
 LIBRARIES = (
     "shardtune", "torch", "transformers", "peft", "deepspeed", "bitsandbytes", "triton", "datasets", "tokenizers",
@@ -26,7 +27,8 @@ def is_finished(folder: Path) -> bool:
 def set_aside(folder: Path) -> Path | None:
     """Renames an existing folder to <name>.old-1 (or -2, …) and returns the new path; None where there is none.
 
-    Raises StorageError where a new one could not be made: that is better known before the weights are loaded.
+    Raises StorageError where a new one could not be made: that is better known before the weights are loaded;
+    ConfigError where a run is writing there.
     """
     place = folder.parent
     while not place.exists():
@@ -37,6 +39,8 @@ def set_aside(folder: Path) -> Path | None:
         raise StorageError(f"{folder}: cannot be made: {place} is not writable")
     if not folder.exists():
         return None
+    if folder.is_dir():
+        os.close(_claim(folder))
     number = 1
     while folder.with_name(f"{folder.name}.old-{number}").exists():
         number += 1
@@ -46,18 +50,39 @@ def set_aside(folder: Path) -> Path | None:
         raise StorageError(f"{folder}: cannot be set aside: {error.strerror or error}") from error
 
 
-def begin(folder: Path, config_yaml: str, environment: dict[str, Any]) -> None:
-    """Makes the folder with config.yaml and environment.json.
+def begin(folder: Path, config_yaml: str, environment: dict[str, Any]) -> int:
+    """Makes the folder with config.yaml and environment.json, and claims it for as long as the descriptor is open.
 
-    Raises StorageError where it cannot be written.
+    Raises StorageError where it cannot be written, ConfigError where another run has begun there meanwhile.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True)
+        claim = _claim(folder)
         (folder / "config.yaml").write_text(config_yaml, encoding="utf-8")
         text = json.dumps(environment, indent=2, ensure_ascii=False) + "\n"
         (folder / "environment.json").write_text(text, encoding="utf-8")
+    except FileExistsError:
+        raise _taken(folder) from None
     except OSError as error:
         raise StorageError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    return claim
+
+
+def _claim(folder: Path) -> int:
+    """A descriptor that holds a lock on the folder; the system lifts it when the process ends, however it ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise _taken(folder) from None
+    except OSError:
+        pass  # a file system without locks
+    return descriptor
+
+
+def _taken(folder: Path) -> ConfigError:
+    return ConfigError(f"{folder}: another run is writing there; wait for its end, or give this one another name=")
 
 
 def environment(command_line: list[str], strategy: str, devices: list[str]) -> dict[str, Any]:

@@ -216,5 +216,8 @@ def join_world() -> World:
             device_id=device if device.type == "cuda" else None,
         )
     except (RuntimeError, ValueError) as error:
-        raise RankError(f"rank {rank} of {size} could not join the others: {error}") from error
+        hint = ""
+        if "EADDRINUSE" in str(error):
+            hint = "\nAnother run on this machine has that port: give the launcher another one with --master_port"
+        raise RankError(f"rank {rank} of {size} could not join the others: {error}{hint}") from error
     return World(rank, size, local_rank, device, dist.PrefixStore("shardtune", store))

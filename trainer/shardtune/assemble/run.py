@@ -102,9 +102,10 @@ def train_run(config: Config, world: World, splits: Splits | None, command_line:
     world.seed_everything(config.seed)
 
     devices = world.gather(_device_name(world.device))
+    claim = None
     if world.is_first:
         environment = run_folder.environment(list(command_line), kind, devices)
-        run_folder.begin(folder, dump_config(config), environment)
+        claim = run_folder.begin(folder, dump_config(config), environment)
     state = TrainingState()
     train_table = prepared.tables["train"]
     order = Order(len(train_table), config.batch.examples, config.seed, config.data.shuffle)
@@ -145,6 +146,8 @@ def train_run(config: Config, world: World, splits: Splits | None, command_line:
         )  # fmt: skip
     finally:
         reporter.close()
+        if claim is not None:
+            os.close(claim)
     world.first_does("written", lambda: None)  # nobody leaves before the result is there
     return _last_words(folder, config, reporter.before_and_after(), time.monotonic() - begun)
 
@@ -288,8 +291,10 @@ def _facts(config: Config, world: World, prepared: Prepared, skeleton: Skeleton,
         f"{trained:,} of {total:,} parameters trained",
         f"{kind} on {world.size} rank{'s' * (world.size > 1)} ({_device_name(world.device)}), {config.model.dtype}; "
         f"{config.batch.examples} examples a step",
-        f"examples: {counts}",
+        f"examples: {counts}" + (f"; {len(prepared.labels):,} labels" if prepared.labels else ""),
     ]
+    if not any(len(table) for name, table in prepared.tables.items() if name != "train"):
+        lines.append("no validation or test examples, so nothing is evaluated")
     for name, table in prepared.tables.items():
         cut = [f"{n:,} {what}" for n, what in ((table.source_cut, "sources"), (table.target_cut, "targets")) if n]
         if cut:
@@ -309,7 +314,7 @@ def _last_words(folder: Path, config: Config, results: str, seconds: float) -> s
         f"done in {seconds / 60:.1f} minutes; the result is in {folder / 'final'}",
         f"  try it:       shardtune generate --run {folder} TEXT",
         f"  see it:       tensorboard --logdir {folder / 'tensorboard'}",
-        f"  read it:      {folder / 'predictions'}",
+        *([f"  read it:      {folder / 'predictions'}"] if results else []),
         f"  take it:      shardtune export --run {folder} --out DIR",
     ]
     return "\n".join(lines)
@@ -324,6 +329,8 @@ def quiet_libraries() -> Iterator[None]:
     """A good run's output is calm: libraries say only what is wrong."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which peft imports, warns that it chose this
     for name in ("DeepSpeed", "torch.distributed", "huggingface_hub", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ from shardtune.strategy.parameters import materialize
 from shardtune.strategy.replicated import Replicated
 from shardtune.text_table import table
 from shardtune.world import join_world
+
+log = logging.getLogger("shardtune")
 
 GENERATED_AT_ONCE = 8
 
@@ -72,6 +75,7 @@ def evaluate(config: Config, splits: Splits, folder: Path | None, split_name: st
     folder = folder or Path(config.runs) / config.name / "final"
     if not folder.is_dir():
         raise ConfigError(f"{folder}: there is no result to evaluate; train first, or name one with --checkpoint")
+    _check_fits(config, folder)
     world = join_world()
     with quiet_libraries():
         prepared = prepare(config, world, splits, folder)
@@ -87,7 +91,21 @@ def evaluate(config: Config, splits: Splits, folder: Path | None, split_name: st
         scores, _ = evaluator.run("final", found[0], lambda examples: None)
     world.close()
     rows = [[split_name, key, f"{value:.4f}"] for key, value in scores.items()]
-    return table(rows, ["split", "metric", "value"])
+    count = found[0].examples
+    return f"{count:,} example{'s' * (count != 1)} of {split_name}\n{table(rows, ['split', 'metric', 'value'])}"
+
+
+def _check_fits(config: Config, folder: Path) -> None:
+    """Raises ConfigError where the result in `folder` is that of another task."""
+    if (folder / "config.json").exists():
+        load_architecture(str(folder), config.task.kind, config.model.trust_remote_code)
+    is_classifier, wants_classifier = bool(saved_labels(folder)), isinstance(config.task, ClassificationConfig)
+    if is_classifier != wants_classifier:
+        kinds = {True: "a classifier", False: "no classifier"}
+        raise ConfigError(
+            f"{folder}: holds {kinds[is_classifier]}, but task.kind is {config.task.kind}; "
+            "give the config that it was trained with"
+        )
 
 
 def generate(config: Config, run: Path, sources: Sequence[str], as_json: bool) -> Iterator[str]:
@@ -106,6 +124,10 @@ def generate(config: Config, run: Path, sources: Sequence[str], as_json: bool) -
         for start in range(0, len(sources), GENERATED_AT_ONCE):
             some = sources[start : start + GENERATED_AT_ONCE]
             encoded = task.encode([Text("command line", source, target) for source in some])
+            for number, row in enumerate(encoded, start + 1):
+                if row.source_cut:
+                    limit = config.task.max_source_tokens
+                    log.warning(f"text {number} of {len(sources)} was cut to task.max_source_tokens ({limit}) tokens")
             with torch.no_grad():
                 written = task.predict(model, [cast(Tokens, row) for row in encoded], how)
             for source, prediction in zip(some, written, strict=True):

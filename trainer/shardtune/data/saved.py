@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,6 +68,8 @@ def read_hub(spec: str, split: str) -> Iterator[Row]:
     import datasets
 
     split = match["split"] or split
+    for name in ("huggingface_hub", "datasets"):  # each try to reach the hub is told otherwise
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         found = datasets.load_dataset(match["path"], match["config"], split=split)
     except Exception as error:  # network, hub, unknown split or config, broken files: the text says

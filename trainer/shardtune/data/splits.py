@@ -57,7 +57,7 @@ def read_splits(
     if validation is None and test is None:
         parts = divide(everything, shares)
         if labels:
-            _drop_unknown_labels(parts, dropped)
+            _drop_unknown_labels(train, parts, dropped)
     else:
         parts = {"train": everything, "validation": [], "test": []}
     if not parts["train"]:
@@ -106,11 +106,19 @@ def _read(source: str, split: str, fields: Fields, labels: bool, dropped: Droppe
     return found, read
 
 
-def _drop_unknown_labels(parts: dict[str, list[Text]], dropped: Dropped) -> None:
-    """A rare class may have all its examples outside train by chance, which is no fault of the data."""
+def _drop_unknown_labels(source: str, parts: dict[str, list[Text]], dropped: Dropped) -> None:
+    """A rare class may have all its examples outside train by chance, which is no fault of the data.
+
+    Raises DataError where nearly every example has a label of its own: those are no classes.
+    """
     known = {example.target for example in parts["train"]}
     for split in ("validation", "test"):
         kept = [example for example in parts[split] if example.target in known]
+        if parts[split] and not kept and 2 * len(known) > len(parts["train"]):
+            raise DataError(
+                f"{source}: {len(parts['train'])} training examples have {len(known)} different labels, and none of "
+                f"the {len(parts[split])} {split} examples has one of these; is task.label the field of the classes?"
+            )
         if len(kept) < len(parts[split]):
             dropped[UNKNOWN_LABEL] += len(parts[split]) - len(kept)
         parts[split] = kept
