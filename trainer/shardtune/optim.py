@@ -40,10 +40,11 @@ def learning_rate(step: int, total_steps: int, peak: float, schedule: str, warmu
 
 def warmup_steps(warmup: float, total_steps: int) -> int:
     """The number of warm-up steps: `warmup` itself (cut to a whole number) from 1 on, below 1 that share of
-    `total_steps`, rounded up. As `TrainingArguments.get_warmup_steps` of transformers."""
+    `total_steps`, rounded up. As `TrainingArguments.get_warmup_steps` of transformers, but a share never takes
+    all the steps."""
     if warmup >= 1:
         return int(warmup)
-    # A share never takes all the steps: a run of a single one would have a learning rate of zero.
+    # A run of a single step would have a learning rate of zero.
     return min(math.ceil(total_steps * warmup), max(total_steps - 1, 0))
 
 
