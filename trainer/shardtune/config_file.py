@@ -294,9 +294,6 @@ def _unknown_key(key: tuple[str, ...], source: Source) -> str:
     name = ".".join(key)
     if name in NOT_YET:
         return "this version does not have this key yet; leave it out"
-    section: Any = source.values
-    for part in key[:-1]:
-        section = section.get(part) if isinstance(section, dict) else None
     known = keys_of(Config, source.values)
     siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == ".".join(key[:-1])]
     here = difflib.get_close_matches(key[-1], siblings, 1, 0.75)
