@@ -17,7 +17,7 @@ from shardtune.data.batching.padded import Padded, deal
 from shardtune.data.order import Order
 from shardtune.data.steps import Steps
 from shardtune.data.tables import open_table, write_table
-from shardtune.protocols import Batch, Encoded, Tokens
+from shardtune.protocols import Batch, Budget, Encoded, Tokens
 from shardtune.task.tokens import pad
 
 
@@ -104,7 +104,7 @@ def lengths_of(count: int, rng: random.Random) -> NDArray[np.int64]:
 def test_layouts(batching: Any, rng: random.Random) -> None:
     for _ in range(300):
         count, ranks, micro = rng.randint(1, 60), rng.randint(1, 9), rng.randint(1, 10)
-        layout = batching.layout(lengths_of(count, rng), ranks, micro)
+        layout = batching.layout(lengths_of(count, rng), ranks, Budget(micro, None))
         assert len(layout) == ranks
         rounds = {len(micro_batches) for micro_batches in layout}
         assert rounds == {max(1, -(-count // (ranks * micro)))}, "every rank as many, and no more than needed"
@@ -118,14 +118,14 @@ def test_layouts(batching: Any, rng: random.Random) -> None:
 def test_padded_keeps_the_order(rng: random.Random) -> None:
     for _ in range(50):
         count, ranks, micro = rng.randint(1, 60), rng.randint(1, 5), rng.randint(1, 10)
-        layout = Padded().layout(lengths_of(count, rng), ranks, micro)
+        layout = Padded().layout(lengths_of(count, rng), ranks, Budget(micro, None))
         turns = [layout[rank][turn] for turn in range(len(layout[0])) for rank in range(ranks)]
         assert np.concatenate(turns).tolist() == list(range(count))
 
 
 def test_grouped_is_longest_first(rng: random.Random) -> None:
     lengths = lengths_of(50, rng)
-    layout = Grouped().layout(lengths, 3, 4)
+    layout = Grouped().layout(lengths, 3, Budget(4, None))
     turns = [layout[rank][turn] for turn in range(len(layout[0])) for rank in range(3)]
     sources = lengths[np.concatenate(turns), 0]
     assert (np.diff(sources) <= 0).all()
@@ -145,8 +145,8 @@ def test_grouped_pads_less(rng: random.Random) -> None:
         source = np.array([int(rng.lognormvariate(4, 0.8)) + 1 for _ in range(count)])
         target = np.maximum(1, source // 4)  # a long text has a long summary
         lengths = np.stack([source, target], 1)
-        grouped = padding(lengths, Grouped().layout(lengths, ranks, micro))
-        padded = padding(lengths, Padded().layout(lengths, ranks, micro))
+        grouped = padding(lengths, Grouped().layout(lengths, ranks, Budget(micro, None)))
+        padded = padding(lengths, Padded().layout(lengths, ranks, Budget(micro, None)))
         better += grouped < padded / 2
     print(f"less than half the padding in {better} of 50 steps")
     assert better >= 45
@@ -159,7 +159,7 @@ def test_dealing_nothing() -> None:
 # --------------------------------------------------------------------------------------------------- steps
 
 
-def collate(examples: list[Tokens]) -> Batch:
+def collate(examples: list[Tokens], packed: bool = False) -> Batch:
     """Examples whose source says which they are."""
     ids = pad([e.source for e in examples], 0)
     return Batch({"input_ids": ids}, torch.zeros(len(examples)), len(examples), len(examples), ids.numel())
@@ -182,7 +182,7 @@ def test_a_step_is_a_set_of_examples(batching: Any, rng: random.Random, tmp_path
                 rounds = set()
                 for rank in range(ranks):
                     order = Order(count, per_step, 11, shuffle=True)
-                    step = Steps(table, order, batching, collate, rank, ranks, micro).at(epoch, cursor)  # pyright: ignore
+                    step = Steps(table, order, batching, collate, rank, ranks, Budget(micro, None)).at(epoch, cursor)  # pyright: ignore
                     rounds.add(len(step.micro_batches))
                     for batch in step.micro_batches:
                         firsts = batch.inputs["input_ids"][:, 0].tolist()

@@ -282,7 +282,6 @@ checkpoint: 7
         ("tracking: {wandb: true}", "tracking.wandb: true is not possible in this version, only false"),
         ("strategy: {kind: fsdp}", "strategy.kind: 'fsdp' is not one of auto, single, ddp, fsdp2, zero1, zero2, zero3; "
                                    "did you mean fsdp2?"),
-        ("batch: {tokens: 4096}", "batch.tokens: this version does not have this key yet; leave it out"),
         ("duration: {minutes: 5}", "duration.minutes: this version does not have this key yet; leave it out"),
     ],
 )  # fmt: skip
@@ -427,6 +426,12 @@ def random_config(rng: random.Random) -> Config:
     if rng.random() < 0.5:
         values["data"]["splits"] = rng.choice([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0], [0.9, 0, 0.1]])
     values["duration"] = rng.choice([{"epochs": 0.1}, {"epochs": 3}, {"steps": 0}, {"steps": 7}])
+    values["batch"] = rng.choice([{}, {"examples": 7}, {"tokens": 500}, {"examples": None, "tokens": 9}])
+    values["batch"] |= rng.choice([{}, {"micro_examples": 3}, {"micro_tokens": 64}])
+    if values["data"].get("batching") == "packed":
+        values.get("model", {}).pop("attention", None)
+        if task["kind"] == "classification":
+            del values["data"]["batching"]
     tuned = values.get("tuning", {}).get("method")
     if values.get("model", {}).get("layers") == [] or tuned == "lora":
         values.get("model", {}).pop("layers", None)

@@ -6,9 +6,9 @@ The file format (YAML, overrides, errors with their lines) is in `config_file.py
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -110,19 +110,38 @@ class DataConfig(Section):
     splits: Annotated[list[Share], Field(min_length=3, max_length=3)] = [0.8, 0.1, 0.1]
     """Shares of train, validation and test, by a hash of each example's content; used when only `train`
     is given."""
-    batching: Literal["padded", "grouped"] = "padded"
-    """padded: micro-batches in the step's order; grouped: examples of like length share a micro-batch."""
+    batching: Literal["padded", "grouped", "packed"] = "padded"
+    """padded: micro-batches in the step's order; grouped: examples of like length share a micro-batch; packed: a
+    micro-batch is one row of examples without padding, each of which attends to itself only."""
     shuffle: bool = True
     """A new order each epoch, drawn from `seed`. false: step k takes the next rows in file order."""
+
+
+BATCH_SIZES = (("examples", "tokens"), ("micro_examples", "micro_tokens"))
+"""Pairs of keys of `batch`, of which exactly one is given."""
 
 
 class BatchConfig(Section):
     """How many examples make one optimizer step, over all ranks."""
 
-    examples: Positive = 32
-    """Examples of one optimizer step, over all ranks and micro-batches."""
-    micro_examples: Positive = 8
-    """Examples that one rank computes at once."""
+    examples: Positive | None = 32
+    """Examples of one optimizer step, over all ranks and micro-batches; null where `tokens` says it."""
+    tokens: Positive | None = None
+    """Instead of `examples`: source and target tokens of one optimizer step, at most; at least one example."""
+    micro_examples: Positive | None = 8
+    """Examples that one rank computes at once; null where `micro_tokens` says it."""
+    micro_tokens: Positive | None = None
+    """Instead of `micro_examples`: source and target positions, padding included, that one rank computes at once; a
+    longer example is computed alone."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_of_each(cls, values: Any) -> Any:
+        """A number of tokens takes the place of the default number of examples."""
+        if isinstance(values, dict):
+            replaced = {examples: None for examples, tokens in BATCH_SIZES if values.get(tokens) is not None}
+            values = {**replaced, **values}
+        return values
 
 
 class FullConfig(Section):
@@ -303,6 +322,18 @@ def conflicts(config: Config) -> Iterator[tuple[str, str]]:
         yield "data.splits", f"the shares add up to {sum(config.data.splits):g}, not to 1"
     if config.data.splits[0] == 0.0:
         yield "data.splits", "the share of the training examples, the first, cannot be 0"
+    for examples, tokens in BATCH_SIZES:
+        given = [key for key in (examples, tokens) if getattr(config.batch, key) is not None]
+        if len(given) != 1:
+            yield f"batch.{tokens}", f"give exactly one of batch.{examples} and batch.{tokens}"
+    if config.data.batching == "packed":
+        if task.kind == "classification":
+            yield "data.batching", "classifiers give one label a row, so texts cannot share one; use grouped"
+        if model.attention in ("eager", "flex_attention"):
+            yield (
+                "model.attention",
+                f"{model.attention} does not keep packed examples apart; use auto, sdpa or flash_attention_2",
+            )
     if (config.duration.epochs is None) == (config.duration.steps is None):
         yield "duration", "give exactly one of duration.epochs and duration.steps"
     if model.tokenizer and model.tokenizer.startswith("train:"):

@@ -15,15 +15,13 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from shardtune.aliases import ALIASES
-from shardtune.config import Config, conflicts
+from shardtune.config import BATCH_SIZES, Config, conflicts
 from shardtune.errors import ConfigError
 
 COMMAND_LINE = "command line"
 
 # Keys and values that are planned: naming them is no typing error, so it deserves its own words.
-NOT_YET = {
-    "batch.tokens", "batch.micro_tokens", "duration.minutes", "task.messages",
-}  # fmt: skip
+NOT_YET = {"duration.minutes", "task.messages"}
 
 
 class Yaml12Loader(yaml.SafeLoader):
@@ -221,6 +219,11 @@ def _apply_override(override: str, source: Source) -> None:
     if len(path) == 2 and (path[0] == "duration" or (path == ("tuning", "method") and section.get("method") != value)):
         for name in [name for name in section if source.places.get((path[0], name)) != COMMAND_LINE]:
             del section[name]
+    if len(path) == 2 and path[0] == "batch" and value is not None:
+        for pair in BATCH_SIZES:
+            for name in pair if path[1] in pair else ():
+                if source.places.get(("batch", name)) != COMMAND_LINE:
+                    section.pop(name, None)
     section[path[-1]] = value
     for known in [known for known in source.places if known[: len(path)] == path]:
         del source.places[known]

@@ -71,7 +71,7 @@ def train(
 
         state.step += 1
         state.cursor += len(step.examples)
-        if state.cursor == steps.order.examples:
+        if step.ends_epoch:
             state.epoch, state.cursor = state.epoch + 1, 0
         state.examples += len(step.examples)
         state.tokens += int(tokens)

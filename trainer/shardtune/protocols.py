@@ -17,6 +17,8 @@ if TYPE_CHECKING:  # so that reading and checking data does not wait for torch
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
+    from shardtune.documents import Documents
+
 IGNORED = -100
 """The label of a position that is no target."""
 
@@ -37,11 +39,12 @@ class Tokens(NamedTuple):
 
     source: NDArray[np.int32]
     target: NDArray[np.int32]
-    """Every entry is one target of the loss: the tokens to write with their end token, or one class index."""
+    """The tokens to write with their end token, or one class index: each is a target of the loss. Between the turns
+    of a conversation stand tokens that are read but not learned, as `~id`, so negative."""
 
 
 class Encoded(NamedTuple):
-    """The result of tokenizing one text."""
+    """The result of tokenizing one text; `source` and `target` as in Tokens."""
 
     source: Sequence[int]
     target: Sequence[int]
@@ -51,12 +54,21 @@ class Encoded(NamedTuple):
     """The target was longer than allowed."""
 
 
+class Budget(NamedTuple):
+    """What one rank may compute at once; one of the two is None."""
+
+    examples: int | None
+    """At most so many examples."""
+    tokens: int | None
+    """At most so many source and target slots, padding included; a longer example is alone."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """What one rank computes at once."""
 
     inputs: dict[str, Tensor]
-    """Arguments of the model's forward, int64, [b, s] and [b, t]."""
+    """Arguments of the model's forward, int64, [b, s] and [b, t]; of a packed batch, [1, s] and [1, t]."""
     labels: Tensor
     """int64, [b, t], or [b] for classification; IGNORED where there is no target."""
     tokens: int
@@ -65,11 +77,14 @@ class Batch:
     """Targets of the loss."""
     slots: int
     """Source and target positions computed on, padding included."""
+    documents: Documents | None = None
+    """Where each example lies in a packed batch; None if every row is one example."""
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
         inputs = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
-        return replace(self, inputs=inputs, labels=self.labels.to(device, non_blocking=True))
+        documents = self.documents.to(device) if self.documents is not None else None
+        return replace(self, inputs=inputs, labels=self.labels.to(device, non_blocking=True), documents=documents)
 
     def blank(self) -> Batch:
         """The same shapes with nothing to learn: for a rank that has no examples while others compute."""
@@ -96,8 +111,9 @@ class Task(Protocol):
         """Token ids of each text. Raises DataError naming the place of a text that cannot be used."""
         ...
 
-    def collate(self, examples: Sequence[Tokens]) -> Batch:
-        """Pads the examples to the longest of them."""
+    def collate(self, examples: Sequence[Tokens], packed: bool = False) -> Batch:
+        """A row for each example, padded to the longest of them; or, `packed`, all of them in one row without padding,
+        kept apart by the batch's `documents`."""
         ...
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -184,7 +200,10 @@ class Strategy(Protocol):
 class Batching(Protocol):
     """How the examples of one optimizer step are laid out for the ranks."""
 
-    def layout(self, lengths: NDArray[np.int64], ranks: int, micro_examples: int) -> list[list[NDArray[np.int64]]]:
+    packed: bool
+    """Whether a micro-batch is one row of all its examples, instead of a row for each."""
+
+    def layout(self, lengths: NDArray[np.int64], ranks: int, budget: Budget) -> list[list[NDArray[np.int64]]]:
         """Positions in the step for each micro-batch: layout[rank][micro-batch], every rank with as many.
 
         `lengths` is [n, 2]: source and target length of the step's examples. A micro-batch may be empty.

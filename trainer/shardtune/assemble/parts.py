@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from shardtune.config import (
+    BatchConfig,
     CausalConfig,
     ClassificationConfig,
     Config,
@@ -23,7 +24,7 @@ from shardtune.data.batching.padded import Padded
 from shardtune.errors import ConfigError
 from shardtune.layers import layer_names
 from shardtune.model.tokenizer import decoder_start
-from shardtune.protocols import Batching, Strategy, Task, Tuning
+from shardtune.protocols import Batching, Budget, Strategy, Task, Tuning
 from shardtune.strategy.fsdp2 import Fsdp2
 from shardtune.strategy.replicated import Replicated
 from shardtune.strategy.zero import Zero
@@ -37,6 +38,8 @@ from shardtune.world import World
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BATCHINGS: dict[str, type[Batching]] = {"padded": Padded, "grouped": Grouped}
+JUDGED_AT_ONCE = 8
+"""Where the config gives tokens, not examples."""
 USABLE_SHARE = 0.7
 """Of a device's memory, what parameters, gradients and optimizer may take under ddp; the rest is for activations."""
 
@@ -88,6 +91,16 @@ def make_strategy(kind: str, model: nn.Module, world: World, compute_dtype: torc
     if kind == "fsdp2":
         return Fsdp2(world, compute_dtype, layer_names(model))
     return Zero(world, compute_dtype, stage=int(kind.removeprefix("zero")))
+
+
+def make_budget(config: BatchConfig) -> Budget:
+    """What one rank computes at once."""
+    return Budget(config.micro_examples, config.micro_tokens)
+
+
+def judged_at_once(config: BatchConfig) -> int:
+    """How many examples one rank judges at once."""
+    return config.micro_examples or JUDGED_AT_ONCE
 
 
 def metric_names(config: Config) -> list[str]:

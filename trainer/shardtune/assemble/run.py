@@ -26,6 +26,8 @@ from shardtune.assemble.parts import (
     DTYPES,
     check_device,
     choose_strategy,
+    judged_at_once,
+    make_budget,
     make_strategy,
     make_task,
     make_tuning,
@@ -108,17 +110,17 @@ def train_run(config: Config, world: World, splits: Splits | None, command_line:
         claim = run_folder.begin(folder, dump_config(config), environment)
     state = TrainingState()
     train_table = prepared.tables["train"]
-    order = Order(len(train_table), config.batch.examples, config.seed, config.data.shuffle)
+    order = Order(len(train_table), config.batch.examples or 32, config.seed, config.data.shuffle)
     batching = BATCHINGS[config.data.batching]()
     steps = Steps(
-        train_table, order, batching, prepared.task.collate, world.rank, world.size, config.batch.micro_examples
+        train_table, order, batching, prepared.task.collate, world.rank, world.size, make_budget(config.batch)
     )
     total_steps = config.duration.steps
     if total_steps is None:
         total_steps = math.ceil((config.duration.epochs or 1) * order.steps_per_epoch)
     evaluator = Evaluator(
         prepared.task, strategy, world, metric_names(config), config.evaluation.max_new_tokens,
-        config.evaluation.beams, config.batch.micro_examples, folder / "predictions",
+        config.evaluation.beams, judged_at_once(config.batch), folder / "predictions",
     )  # fmt: skip
     reporter = Reporter(
         folder, world, state, total_steps, order.examples, config.tracking.every, config.evaluation.every,
@@ -285,12 +287,15 @@ def _facts(config: Config, world: World, prepared: Prepared, skeleton: Skeleton,
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     counts = ", ".join(f"{len(table):,} {name}" for name, table in prepared.tables.items() if len(table))
+    batch = config.batch
     weights = "random weights" if config.model.weights == "random" else config.model.path
     lines = [
         f"{config.name}: {type(skeleton.model).__name__} ({weights}), {config.task.kind}, {config.tuning.method}: "
         f"{trained:,} of {total:,} parameters trained",
         f"{kind} on {world.size} rank{'s' * (world.size > 1)} ({_device_name(world.device)}), {config.model.dtype}; "
-        f"{config.batch.examples} examples a step",
+        f"{batch.examples:,} examples a step"
+        if batch.examples
+        else f"at most {batch.tokens:,} tokens a step",
         f"examples: {counts}" + (f"; {len(prepared.labels):,} labels" if prepared.labels else ""),
     ]
     if not any(len(table) for name, table in prepared.tables.items() if name != "train"):

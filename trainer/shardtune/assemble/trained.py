@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from shardtune.assemble.parts import DTYPES, make_task, metric_names
+from shardtune.assemble.parts import DTYPES, judged_at_once, make_task, metric_names
 from shardtune.assemble.run import evaluated_splits, name_labels, prepare, quiet_libraries, saved_labels
 from shardtune.config import ClassificationConfig, Config
 from shardtune.data.splits import Splits
@@ -86,7 +86,7 @@ def evaluate(config: Config, splits: Splits, folder: Path | None, split_name: st
         strategy.adopt(load_result(config, folder, prepared.tokenizer, DTYPES[config.model.dtype]))
         evaluator = Evaluator(
             prepared.task, strategy, world, metric_names(config), config.evaluation.max_new_tokens,
-            config.evaluation.beams, config.batch.micro_examples, Path(config.runs) / config.name / "predictions",
+            config.evaluation.beams, judged_at_once(config.batch), Path(config.runs) / config.name / "predictions",
         )  # fmt: skip
         scores, _ = evaluator.run("final", found[0], lambda examples: None)
     world.close()

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from shardtune.data.order import Order
 from shardtune.data.tables import TokenTable
-from shardtune.protocols import Batch, Batching, Tokens
+from shardtune.protocols import Batch, Batching, Budget, Tokens
 
 
 class Step(NamedTuple):
@@ -20,6 +20,8 @@ class Step(NamedTuple):
     """Positions in the training data, over all ranks."""
     micro_batches: list[Batch]
     """As many on every rank; one without examples is blank."""
+    ends_epoch: bool
+    """Whether the next step begins an epoch."""
 
 
 class Steps:
@@ -30,10 +32,10 @@ class Steps:
         table: TokenTable,
         order: Order,
         batching: Batching,
-        collate: Callable[[Sequence[Tokens]], Batch],
+        collate: Callable[[Sequence[Tokens], bool], Batch],
         rank: int,
         ranks: int,
-        micro_examples: int,
+        budget: Budget,
     ) -> None:
         self.order = order
         self._table = table
@@ -41,17 +43,19 @@ class Steps:
         self._collate = collate
         self._rank = rank
         self._ranks = ranks
-        self._micro_examples = micro_examples
+        self._budget = budget
 
     def at(self, epoch: int, cursor: int) -> Step:
         """The step that begins at example `cursor` of the epoch's order."""
         examples = self.order.take(epoch, cursor)
         lengths = self._table.lengths[examples]
-        layout = self._batching.layout(lengths, self._ranks, self._micro_examples)
-        return Step(examples, [self._batch(examples, positions) for positions in layout[self._rank]])
+        layout = self._batching.layout(lengths, self._ranks, self._budget)
+        micro_batches = [self._batch(examples, positions) for positions in layout[self._rank]]
+        return Step(examples, micro_batches, cursor + len(examples) == self.order.examples)
 
     def _batch(self, examples: NDArray[np.int64], positions: NDArray[np.int64]) -> Batch:
         if len(positions):
-            return self._collate([self._table[int(examples[position])] for position in positions])
+            chosen = [self._table[int(examples[position])] for position in positions]
+            return self._collate(chosen, self._batching.packed)
         # Sharded models compute together, so a rank without examples computes on something that does not count.
-        return self._collate([self._table[int(examples[0])]]).blank()
+        return self._collate([self._table[int(examples[0])]], self._batching.packed).blank()

@@ -61,7 +61,7 @@ class Causal:
             encoded.append(Encoded(source, [*target[:limit], end], source_cut, len(target) > limit))
         return encoded
 
-    def collate(self, examples: Sequence[Tokens]) -> Batch:
+    def collate(self, examples: Sequence[Tokens], packed: bool = False) -> Batch:
         """Right-padded rows [b, t] of source and target; labels are the targets in their own places."""
         rows = [np.concatenate((e.source, e.target)) for e in examples]
         labels = [np.concatenate((np.full(len(e.source), IGNORED), e.target)) for e in examples]

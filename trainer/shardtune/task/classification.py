@@ -38,8 +38,9 @@ class Classification:
             for text, (ids, cut) in zip(texts, sources, strict=True)
         ]
 
-    def collate(self, examples: Sequence[Tokens]) -> Batch:
-        """Right-padded texts [b, s] and class indices [b]."""
+    def collate(self, examples: Sequence[Tokens], packed: bool = False) -> Batch:
+        """Right-padded texts [b, s] and class indices [b]; never packed."""
+        assert not packed
         sources = [e.source for e in examples]
         input_ids = pad(sources, self._tokenizer.pad_token_id)
         return Batch(

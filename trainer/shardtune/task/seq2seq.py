@@ -46,7 +46,7 @@ class Seq2Seq:
             encoded.append(Encoded(source, target, source_cut, target_cut))
         return encoded
 
-    def collate(self, examples: Sequence[Tokens]) -> Batch:
+    def collate(self, examples: Sequence[Tokens], packed: bool = False) -> Batch:
         """Right-padded sources [b, s], targets [b, t], and the targets shifted right as decoder input [b, t]."""
         sources, targets = [e.source for e in examples], [e.target for e in examples]
         input_ids, labels = pad(sources, self._tokenizer.pad_token_id), pad(targets, IGNORED)

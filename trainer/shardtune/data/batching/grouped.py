@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardtune.data.batching.padded import deal
+from shardtune.protocols import Budget
 
 
 class Grouped:
@@ -15,7 +16,9 @@ class Grouped:
     they compute on like lengths at the same time.
     """
 
-    def layout(self, lengths: NDArray[np.int64], ranks: int, micro_examples: int) -> list[list[NDArray[np.int64]]]:
+    packed = False
+
+    def layout(self, lengths: NDArray[np.int64], ranks: int, budget: Budget) -> list[list[NDArray[np.int64]]]:
         """Longest first (a step that does not fit in memory fails at once), by source and then target length."""
         longest_first = np.lexsort((-lengths[:, 1], -lengths[:, 0]))
-        return deal(longest_first, ranks, micro_examples)
+        return deal(longest_first, ranks, budget.examples or 1)

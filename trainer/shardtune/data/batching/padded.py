@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from shardtune.protocols import Budget
+
 
 def deal(positions: NDArray[np.int64], ranks: int, micro_examples: int) -> list[list[NDArray[np.int64]]]:
     """Cuts `positions` into near-equal runs and deals them to the ranks in turn: layout[rank][micro-batch].
@@ -19,6 +21,8 @@ def deal(positions: NDArray[np.int64], ranks: int, micro_examples: int) -> list[
 class Padded:
     """Implements the Batching protocol."""
 
-    def layout(self, lengths: NDArray[np.int64], ranks: int, micro_examples: int) -> list[list[NDArray[np.int64]]]:
+    packed = False
+
+    def layout(self, lengths: NDArray[np.int64], ranks: int, budget: Budget) -> list[list[NDArray[np.int64]]]:
         """The step's order, cut into runs."""
-        return deal(np.arange(len(lengths)), ranks, micro_examples)
+        return deal(np.arange(len(lengths)), ranks, budget.examples or 1)
