@@ -20,6 +20,7 @@ from shardtune.config import (
     TuningConfig,
 )
 from shardtune.data.batching.grouped import Grouped
+from shardtune.data.batching.packed import Packed
 from shardtune.data.batching.padded import Padded
 from shardtune.errors import ConfigError
 from shardtune.layers import layer_names
@@ -37,7 +38,7 @@ from shardtune.tuning.lora import Lora
 from shardtune.world import World
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-BATCHINGS: dict[str, type[Batching]] = {"padded": Padded, "grouped": Grouped}
+BATCHINGS: dict[str, type[Batching]] = {"padded": Padded, "grouped": Grouped, "packed": Packed}
 JUDGED_AT_ONCE = 8
 """Where the config gives tokens, not examples."""
 USABLE_SHARE = 0.7

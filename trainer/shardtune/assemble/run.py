@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from shardtune import optim, run_folder
+from shardtune.assemble.isolation import check_isolation
 from shardtune.assemble.parts import (
     BATCHINGS,
     DTYPES,
@@ -42,6 +43,7 @@ from shardtune.data.tables import TokenTable, cache_folder, fingerprint, open_ta
 from shardtune.errors import ConfigError, DataError
 from shardtune.evaluation import Evaluator, Split
 from shardtune.loop import train
+from shardtune.model.packed_attention import FLASH, SDPA, restart_positions
 from shardtune.model.skeleton import Skeleton, build_skeleton, load_architecture
 from shardtune.model.tokenizer import fit_config, identity, load_tokenizer, train_tokenizer
 from shardtune.protocols import Task, Text
@@ -50,6 +52,8 @@ from shardtune.result import write_result
 from shardtune.state import TrainingState
 from shardtune.world import World
 
+PACKED = {"auto": SDPA, "sdpa": SDPA, "flash_attention_2": FLASH}
+"""What `model.attention` means for packed rows."""
 ENCODED_AT_ONCE = 4096
 """Texts handed to the tokenizer together; it spreads them over the processor's cores."""
 
@@ -100,6 +104,8 @@ def train_run(config: Config, world: World, splits: Splits | None, command_line:
     )
     strategy = make_strategy(kind, model, world, dtype)
     strategy.prepare(model, weights, make_optimizer)
+    if config.data.batching == "packed":
+        check_isolation(prepared.task, strategy, prepared.tables["train"], world.device, config.model.path)
     model.train()
     world.seed_everything(config.seed)
 
@@ -196,11 +202,14 @@ def name_labels(architecture: PreTrainedConfig, labels: Sequence[str]) -> None:
 
 def make_skeleton(config: Config, prepared: Prepared, path: str, pretrained: bool) -> Skeleton:
     """The model on the meta device."""
-    model = config.model
-    return build_skeleton(
-        prepared.architecture, path, config.task.kind, pretrained, model.attention, model.layers,
-        model.trust_remote_code,
-    )  # fmt: skip
+    model, packed = config.model, config.data.batching == "packed"
+    attention = PACKED.get(model.attention, model.attention) if packed else model.attention
+    skeleton = build_skeleton(
+        prepared.architecture, path, config.task.kind, pretrained, attention, model.layers, model.trust_remote_code
+    )
+    if packed:
+        restart_positions(skeleton.model, path)
+    return skeleton
 
 
 def evaluated_splits(prepared: Prepared, limit: int) -> list[Split]:

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
+from shardtune.documents import make_documents, read
 from shardtune.protocols import IGNORED, Batch, Encoded, Generation, Text, Tokens
-from shardtune.task.tokens import generate, mask, pad, tokenize
+from shardtune.task.tokens import generate, joined, learned, mask, pad, sum_of_cross_entropies, tokenize
 
 
 class Causal:
@@ -62,24 +63,42 @@ class Causal:
         return encoded
 
     def collate(self, examples: Sequence[Tokens], packed: bool = False) -> Batch:
-        """Right-padded rows [b, t] of source and target; labels are the targets in their own places."""
-        rows = [np.concatenate((e.source, e.target)) for e in examples]
-        labels = [np.concatenate((np.full(len(e.source), IGNORED), e.target)) for e in examples]
-        input_ids = pad(rows, self._tokenizer.pad_token_id)
+        """Rows [b, s] of source and target, padded on the right.
+
+        Labels are the tokens that the columns `logits_to_keep` are to predict, the next ones: the columns from the
+        first target's on, or, packed, just those that predict a target.
+        """
+        targets = [learned(e.target) for e in examples]
+        rows = [np.concatenate((e.source, ids)) for e, (ids, _) in zip(examples, targets, strict=True)]
+        labels = [
+            np.concatenate((np.full(len(e.source), IGNORED), own))
+            for e, (_, own) in zip(examples, targets, strict=True)
+        ]
+        inputs, documents = {}, None
+        if packed:
+            lengths = np.array([len(row) for row in rows])
+            documents = make_documents(lengths)
+            inputs["input_ids"], all_labels = joined(rows), joined(labels)
+            inputs["position_ids"] = documents.source.positions.unsqueeze(0)
+            predicted = (all_labels[0] != IGNORED).nonzero()[:, 0]
+        else:
+            inputs["input_ids"], all_labels = pad(rows, self._tokenizer.pad_token_id), pad(labels, IGNORED)
+            inputs["attention_mask"] = mask(rows)
+            predicted = torch.arange(min(len(e.source) for e in examples), all_labels.shape[1])
+        inputs["logits_to_keep"] = predicted - 1
         return Batch(
-            inputs={"input_ids": input_ids, "attention_mask": mask(rows)},
-            labels=pad(labels, IGNORED),
+            inputs=inputs,
+            labels=all_labels[:, predicted],
             tokens=sum(len(row) for row in rows),
-            targets=sum(len(e.target) for e in examples),
-            slots=input_ids.numel(),
+            targets=int((all_labels != IGNORED).sum()),
+            slots=all_labels.numel(),
+            documents=documents,
         )
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         """Summed cross entropy of the target tokens, each predicted at the position before it."""
-        logits = model(**batch.inputs, use_cache=False).logits[:, :-1]
-        return cross_entropy(
-            logits.float().flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
-        )
+        read(batch.documents)
+        return sum_of_cross_entropies(model(**batch.inputs, use_cache=False).logits, batch.labels)
 
     def predict(self, model: nn.Module, examples: Sequence[Tokens], how: Generation) -> list[str]:
         """Generated continuations, without special tokens; sources are padded on the left."""

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from shardtune.errors import DataError
-from shardtune.protocols import IGNORED, Batch, Encoded, Generation, Text, Tokens
-from shardtune.task.tokens import mask, pad, tokenize
+from shardtune.protocols import Batch, Encoded, Generation, Text, Tokens
+from shardtune.task.tokens import mask, pad, sum_of_cross_entropies, tokenize
 
 
 class Classification:
@@ -53,8 +52,7 @@ class Classification:
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         """Summed cross entropy of the labels."""
-        logits = model(**batch.inputs).logits
-        return cross_entropy(logits.float(), batch.labels, ignore_index=IGNORED, reduction="sum")
+        return sum_of_cross_entropies(model(**batch.inputs).logits, batch.labels)
 
     def predict(self, model: nn.Module, examples: Sequence[Tokens], how: Generation) -> list[str]:
         """The most probable label of each text."""

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
+from shardtune.documents import make_documents, read
 from shardtune.protocols import IGNORED, Batch, Encoded, Generation, Text, Tokens
-from shardtune.task.tokens import generate, mask, pad, tokenize
+from shardtune.task.tokens import generate, joined, mask, pad, sum_of_cross_entropies, tokenize
 
 
 class Seq2Seq:
@@ -47,29 +47,31 @@ class Seq2Seq:
         return encoded
 
     def collate(self, examples: Sequence[Tokens], packed: bool = False) -> Batch:
-        """Right-padded sources [b, s], targets [b, t], and the targets shifted right as decoder input [b, t]."""
+        """Sources [b, s], targets [b, t], and as decoder input the targets shifted right [b, t]; right-padded."""
         sources, targets = [e.source for e in examples], [e.target for e in examples]
-        input_ids, labels = pad(sources, self._tokenizer.pad_token_id), pad(targets, IGNORED)
         shifted = [np.concatenate(([self._start], target[:-1])) for target in targets]
-        target_tokens = sum(len(target) for target in targets)
+        source_tokens, target_tokens = (sum(len(row) for row in rows) for rows in (sources, targets))
+        documents, attention = None, {}
+        if packed:
+            input_ids, decoder_input_ids, labels = joined(sources), joined(shifted), joined(targets)
+            documents = make_documents(*(np.array([len(row) for row in rows]) for rows in (sources, targets)))
+        else:
+            pad_id = self._tokenizer.pad_token_id
+            input_ids, decoder_input_ids, labels = pad(sources, pad_id), pad(shifted, pad_id), pad(targets, IGNORED)
+            attention = {"attention_mask": mask(sources)}
         return Batch(
-            inputs={
-                "input_ids": input_ids,
-                "attention_mask": mask(sources),
-                "decoder_input_ids": pad(shifted, self._tokenizer.pad_token_id),
-            },
+            inputs={"input_ids": input_ids, **attention, "decoder_input_ids": decoder_input_ids},
             labels=labels,
-            tokens=sum(len(source) for source in sources) + target_tokens,
+            tokens=source_tokens + target_tokens,
             targets=target_tokens,
             slots=input_ids.numel() + labels.numel(),
+            documents=documents,
         )
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         """Summed cross entropy of the target tokens."""
-        logits = model(**batch.inputs, use_cache=False).logits
-        return cross_entropy(
-            logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
+        read(batch.documents)
+        return sum_of_cross_entropies(model(**batch.inputs, use_cache=False).logits, batch.labels)
 
     def predict(self, model: nn.Module, examples: Sequence[Tokens], how: Generation) -> list[str]:
         """Generated texts, without special tokens."""

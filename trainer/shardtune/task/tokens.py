@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from shardtune.protocols import Generation
+from shardtune import documents
+from shardtune.protocols import IGNORED, Generation
 
 
 def tokenize(
@@ -53,6 +55,22 @@ def mask(rows: Sequence[NDArray[np.int32] | Sequence[int]], left: bool = False) 
     return pad([np.ones(len(row), dtype=np.int32) for row in rows], 0, left)
 
 
+def learned(target: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Of a target as Tokens holds it: the ids as the model reads them, and the labels, IGNORED where it only reads."""
+    only_read = target < 0
+    return np.where(only_read, ~target, target), np.where(only_read, IGNORED, target)
+
+
+def joined(rows: Sequence[NDArray[np.int32]]) -> Tensor:
+    """int64 [1, sum of lengths]: one row of them all."""
+    return torch.from_numpy(np.concatenate(rows).astype(np.int64)).unsqueeze(0)
+
+
+def sum_of_cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
+    """The float32 sum over labels that are not IGNORED; logits [..., v], labels [...]."""
+    return cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
 def generate(
     model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, how: Generation, pad_id: int, eos_id: int
 ) -> Tensor:
@@ -60,6 +78,7 @@ def generate(
 
     int64 [b, generated length]; for decoders the prompt is included.
     """
+    documents.read(None)
     settings = copy.deepcopy(getattr(model, "generation_config", None)) or GenerationConfig()
     settings.update(
         max_new_tokens=how.max_new_tokens, max_length=None, num_beams=how.beams, do_sample=False, temperature=None,
