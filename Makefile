@@ -1,4 +1,4 @@
-# make setup | quickstart | test | matrix | lint | schema | bench | bench-gpu | clean
+# make setup | quickstart | test | matrix | grid | lint | schema | bench | bench-gpu | clean
 #
 # Variables you may set, as in `make quickstart RANKS=1`:
 #   PYTHON           the interpreter that makes .venv          (default: the first Python >= 3.11 found)
@@ -35,7 +35,7 @@ TORCH ?= torch==$(TORCH_VERSION)$(if $(filter 0,$(GPUS)),+cpu)
 BENCH_GPU := $(sort $(wildcard tests/bench/gpu_*.py))
 BENCH_CPU := $(sort $(filter-out $(BENCH_GPU) tests/bench/_%.py,$(wildcard tests/bench/*.py)))
 
-.PHONY: help setup quickstart test matrix lint schema bench bench-gpu clean
+.PHONY: help setup quickstart test matrix grid lint schema bench bench-gpu clean
 
 help:
 	@sed -n '1,/^$$/p' Makefile
@@ -79,6 +79,10 @@ test: setup
 # Every strategy with every kind of model, on one and on two ranks, by every launcher; `test` runs a sample of it.
 matrix: setup
 	PATH="$(BIN):$$PATH" SHARDTUNE_WHOLE_MATRIX=1 $(BIN)/python -m pytest tests/test_launchers.py $(PYTEST_ARGS)
+
+# The same run under every layout: ranks, micro-batches, batchings and strategies; `test` runs a sample of it.
+grid: setup
+	PATH="$(BIN):$$PATH" $(BIN)/python tests/grid.py
 
 # All of them, even after one has failed.
 SCRIPTS = $(wildcard .ci/run slurm/*.sbatch slurm/*.sh launch/*.sh tests/*.sh)

@@ -241,9 +241,9 @@ class Done:
 def launch(done: Done, runs: Sequence[Run], ranks: int) -> None:
     """Trains those of the runs that have so many ranks, one after the other in one process group."""
     configs = [str(done.config(run)) for run in runs if run.ranks == ranks]
-    script = str(Path(__file__).parent / "ranks" / "train_many.py")
+    script = ["-m", "shardtune.assemble.many"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    command = [sys.executable, *(torchrun if ranks > 1 else []), script, *configs]
+    command = [sys.executable, *(torchrun if ranks > 1 else []), *script, *configs]
     cache = str(done.folder / f"cache-{ranks}")
     environment = {**os.environ, "SHARDTUNE_CACHE": cache, "OMP_NUM_THREADS": "1"}
     log = done.folder / f"{ranks}-ranks.log"

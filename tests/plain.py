@@ -24,7 +24,7 @@ AUTO = {
     "causal": transformers.AutoModelForCausalLM,
     "classification": transformers.AutoModelForSequenceClassification,
 }
-TASKS = {"t5": "seq2seq", "bart": "seq2seq", "bert": "classification"}
+TASKS = {"t5": "seq2seq", "mt5": "seq2seq", "bart": "seq2seq", "bert": "classification"}
 
 
 def task_of(model_type: str) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import errno
+import functools
 import logging
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +27,7 @@ SPEAKING_SECONDS = 2.0
 SPINS = "30000"
 """How often a thread of GNU OpenMP looks for work before it sleeps. With its own 300,000, a step took 35 times longer
 beside other programs on all cores; with fewer than 5,000, a step alone is slower."""
+STRATEGIES = ("auto", "single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
 STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -58,7 +61,7 @@ def _is_override(word: str) -> bool:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The console script `shardtune`. Returns the exit code."""
     options = _parser().parse(sys.argv[1:] if arguments is None else arguments)
-    return _guarded(lambda: options.run(options))
+    return guarded(lambda: options.run(options))
 
 
 def train_as_rank(arguments: Sequence[str]) -> int:
@@ -67,7 +70,7 @@ def train_as_rank(arguments: Sequence[str]) -> int:
     _add_config(parser)
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed appends it
     options = parser.parse(arguments)
-    return _guarded(lambda: _train_here(options))
+    return guarded(lambda: _train_here(options))
 
 
 def _parser() -> Parser:
@@ -106,6 +109,20 @@ def _parser() -> Parser:
     export.add_argument("--merge", action="store_true", help="merge an adapter into its base model")
     export.set_defaults(run=_export, command=export)
 
+    verify = commands.add_parser("verify-layout", help="prove that ranks, micro-batches and batching change nothing")
+    _add_config(verify)
+    verify.add_argument("--ranks", default="1,2", metavar="N,…", help="rank counts (default: 1,2)")
+    verify.add_argument("--strategies", metavar="KIND,…", help="of strategy.kind (default: the config's, or auto)")
+    verify.add_argument("--batchings", metavar="KIND,…", help="of data.batching (default: all that fit the task)")
+    verify.add_argument(
+        "--micro-batches", default="1,3", metavar="N,…", help="of a rank and step; each: of one example (default: 1,3)"
+    )
+    verify.add_argument("--steps", type=int, default=10, metavar="N", help="optimizer steps (default: 10)")
+    verify.add_argument(
+        "--tolerance", type=float, default=1e-5, metavar="X", help="what counts as equal (default: 1e-5)"
+    )
+    verify.set_defaults(run=_verify_layout, command=verify)
+
     doctor = commands.add_parser("doctor", help="what this machine can run, and what is missing")
     doctor.set_defaults(run=_doctor)
     return parser
@@ -116,8 +133,8 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="in place of what the file says")
 
 
-def _guarded(work: Callable[[], int]) -> int:
-    """Runs `work`; what a user can mend is said in a few lines, without a traceback."""
+def guarded(work: Callable[[], int]) -> int:
+    """Runs `work` and returns its exit code; what a user can mend is said in a few lines, without a traceback."""
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch is imported
     log = logging.getLogger("shardtune")
     if not log.handlers:
@@ -308,6 +325,43 @@ def _config_of_run(folder: Path) -> Config:
     if not (folder / "final").is_dir():
         raise ConfigError(f"command line --run: {folder} has no final/; the run has not come to its end")
     return load_config(folder / "config.yaml", [])
+
+
+def _verify_layout(options: argparse.Namespace) -> int:
+    from shardtune.assemble.data import check_model_path, read_texts
+    from shardtune.assemble.layouts import layouts, verify
+
+    config = _config(options)
+    check_model_path(config)
+    read_texts(config)  # what is wrong is said once, before any process starts
+    fitting = ["padded", "grouped", *(["packed"] if config.task.kind != "classification" else [])]
+    chosen = layouts(
+        [_number("--ranks", word) for word in options.ranks.split(",")],
+        _among("--strategies", options.strategies, [config.strategy.kind], STRATEGIES),
+        _among("--batchings", options.batchings, fitting, fitting),
+        [None if word == "each" else _number("--micro-batches", word) for word in options.micro_batches.split(",")],
+    )
+    if not chosen:
+        raise ConfigError("command line: strategy single works on one rank only, so no layout is left")
+    with tempfile.TemporaryDirectory(prefix="shardtune-layouts-") as folder:
+        print(
+            verify(config, chosen, options.steps, options.tolerance, Path(folder), functools.partial(print, flush=True))
+        )
+    return 0
+
+
+def _number(option: str, word: str) -> int:
+    if not (word.isascii() and word.isdigit() and int(word) > 0):
+        raise ConfigError(f"command line {option}: {word!r} is not a whole number from 1 on")
+    return int(word)
+
+
+def _among(option: str, given: str | None, default: list[str], allowed: Sequence[str]) -> list[str]:
+    names = given.split(",") if given else default
+    for name in names:
+        if name not in allowed:
+            raise ConfigError(f"command line {option}: {name!r} is not one of {', '.join(allowed)}")
+    return names
 
 
 def _doctor(options: argparse.Namespace) -> int:

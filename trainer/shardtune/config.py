@@ -38,6 +38,9 @@ class ModelConfig(Section):
     """Attention implementation of transformers; auto lets the architecture choose."""
     recompute: Literal["none", "full"] = "none"
     """full: activations are recomputed in the backward pass (activation checkpointing), saving memory."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    """All the model's dropout rates; null: those of its own config. 0 makes a run independent of its layout even
+    where the model has dropout."""
     layers: list[Annotated[int, Field(ge=0)]] | None = None
     """Indices of the layers to keep, in order (of the encoder and of the decoder alike); null: all."""
     trust_remote_code: bool = False

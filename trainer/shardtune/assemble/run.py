@@ -43,8 +43,8 @@ from shardtune.data.tables import TokenTable, cache_folder, fingerprint, open_ta
 from shardtune.errors import ConfigError, DataError
 from shardtune.evaluation import Evaluator, Split
 from shardtune.loop import train
-from shardtune.model.packed_attention import FLASH, SDPA, restart_positions
-from shardtune.model.skeleton import Skeleton, build_skeleton, load_architecture
+from shardtune.model.packed_attention import keep_apart
+from shardtune.model.skeleton import Skeleton, build_skeleton, load_architecture, set_dropout
 from shardtune.model.tokenizer import fit_config, identity, load_tokenizer, train_tokenizer
 from shardtune.protocols import Task, Text
 from shardtune.reporting import Reporter
@@ -52,8 +52,6 @@ from shardtune.result import write_result
 from shardtune.state import TrainingState
 from shardtune.world import World
 
-PACKED = {"auto": SDPA, "sdpa": SDPA, "flash_attention_2": FLASH}
-"""What `model.attention` means for packed rows."""
 ENCODED_AT_ONCE = 4096
 """Texts handed to the tokenizer together; it spreads them over the processor's cores."""
 
@@ -167,6 +165,8 @@ def prepare(config: Config, world: World, splits: Splits | None, result: Path | 
     """
     task_kind, trust = config.task.kind, config.model.trust_remote_code
     architecture = load_architecture(config.model.path, task_kind, trust)
+    if config.model.dropout is not None:
+        set_dropout(architecture, config.model.dropout)
     given = config.model.tokenizer
     newly_trained = given is not None and given.startswith("train:")
     side = config.task.truncation_side
@@ -202,13 +202,13 @@ def name_labels(architecture: PreTrainedConfig, labels: Sequence[str]) -> None:
 
 def make_skeleton(config: Config, prepared: Prepared, path: str, pretrained: bool) -> Skeleton:
     """The model on the meta device."""
-    model, packed = config.model, config.data.batching == "packed"
-    attention = PACKED.get(model.attention, model.attention) if packed else model.attention
+    model = config.model
     skeleton = build_skeleton(
-        prepared.architecture, path, config.task.kind, pretrained, attention, model.layers, model.trust_remote_code
-    )
-    if packed:
-        restart_positions(skeleton.model, path)
+        prepared.architecture, path, config.task.kind, pretrained, model.attention, model.layers,
+        model.trust_remote_code,
+    )  # fmt: skip
+    if config.data.batching == "packed":
+        keep_apart(skeleton.model, path, flash=model.attention == "flash_attention_2")
     return skeleton
 
 

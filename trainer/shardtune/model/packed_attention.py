@@ -15,14 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from shardtune.documents import Documents, Lengths, Spread, being_read
 from shardtune.errors import ConfigError
 
-SDPA, FLASH = "shardtune_packed_sdpa", "shardtune_packed_flash"
+KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+"""What layers may be, where a config lists them; others keep a state along the row, or attend in chunks."""
+SDPA, FLASH = "shardtune_packed_sdpa", "shardtune_packed_varlen"
+"""Names for transformers, which takes whatever has `flash` in its name for a library to load."""
 
 
 class _Gather(torch.autograd.Function):
@@ -118,13 +120,15 @@ def packed_flash(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The same through flash-attn's function for sequences of different lengths: no padding at all, no masks."""
+    """The same through flash-attn's function for sequences of different lengths: no padding at all, no masks.
+
+    Rows of one example, as evaluation reads them, go through SDPA.
+    """
     documents = being_read()
     if documents is None:
-        return flash_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
-            sliding_window=sliding_window, **kwargs,
-        )  # fmt: skip
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
     from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
     _refuse(kwargs)
@@ -192,22 +196,25 @@ def _packed_mask(*args: Any, **kwargs: Any) -> Any:
     return None if being_read() is not None else ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
 
 
-def _packed_flash_mask(*args: Any, **kwargs: Any) -> Any:
-    return None if being_read() is not None else ALL_MASK_ATTENTION_FUNCTIONS["flash_attention_2"](*args, **kwargs)
-
-
 AttentionInterface.register(SDPA, packed_sdpa)
 AttentionInterface.register(FLASH, packed_flash)
 AttentionMaskInterface.register(SDPA, _packed_mask)
-AttentionMaskInterface.register(FLASH, _packed_flash_mask)
+AttentionMaskInterface.register(FLASH, _packed_mask)
 
 
-def restart_positions(model: PreTrainedModel, path: str) -> None:
-    """Makes the positions of each packed example begin at 0; changes nothing while no documents are read.
+def keep_apart(model: PreTrainedModel, path: str, flash: bool) -> None:
+    """Makes the model attend within examples, whose positions begin at 0; changes nothing while no documents are read.
 
     Decoders are given positions. Encoder-decoders count them by themselves, in the embedding of positions (BART and
     its kin) or in the relative bias (T5 and its kin). Raises ConfigError for a model with another way.
     """
+    if not (model._supports_flash_attn if flash else model._supports_sdpa):
+        way = "flash_attention_2" if flash else "sdpa"
+        raise ConfigError(_cannot(path, model, f"it has no model.attention: {way}"))
+    kinds = set(getattr(model.config, "layer_types", None) or ()) - KNOWN_LAYERS
+    if kinds or any(isinstance(module, nn.Conv1d) for module in model.modules()):
+        raise ConfigError(_cannot(path, model, f"{', '.join(sorted(kinds)) or 'a convolution'} mixes neighbours"))
+    model.set_attn_implementation(FLASH if flash else SDPA)
     if not model.config.is_encoder_decoder:
         if "position_ids" not in inspect.signature(model.forward).parameters:
             raise ConfigError(_cannot(path, model, "its positions cannot be told"))
@@ -220,7 +227,8 @@ def restart_positions(model: PreTrainedModel, path: str) -> None:
         elif hasattr(module, "compute_bias") and hasattr(module, "has_relative_attention_bias"):
             if module.has_relative_attention_bias:
                 module.compute_bias = _of_the_longest(module, module.compute_bias)  # pyright: ignore
-            module.forward = _without_zeros(module, module.forward)
+            if "position_bias" in inspect.signature(module.forward).parameters:
+                module.forward = _without_zeros(module, module.forward)
             found = True
     if not found:
         raise ConfigError(_cannot(path, model, "it has neither learned positions nor a relative bias that can restart"))

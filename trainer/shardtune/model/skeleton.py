@@ -133,6 +133,13 @@ def keep_layers(config: PreTrainedConfig, layers: list[int]) -> None:
         setattr(config, name, len(layers))
 
 
+def set_dropout(config: PreTrainedConfig, rate: float) -> None:
+    """Sets every rate of dropout that the architecture has, of whole layers (layerdrop) too."""
+    for name, value in config.to_dict().items():
+        if ("drop" in name) and isinstance(value, int | float) and not isinstance(value, bool):
+            setattr(config, name, rate)
+
+
 def build_skeleton(
     config: PreTrainedConfig,
     path: str,

@@ -1,0 +1,46 @@
+"""Trains one config after the other in one process group: `python -m shardtune.assemble.many CONFIG [CONFIG ...]`.
+
+What a run would say goes to `<runs>/<name>.log`; standard output has a line for each run that has ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from shardtune.assemble.data import read_texts
+from shardtune.assemble.run import quiet_libraries, train_run
+from shardtune.config_file import load_config
+from shardtune.world import join_world
+
+
+def train_many(files: Sequence[str]) -> int:
+    """One rank of all these runs; returns 0.
+
+    Raises ShardtuneError with the first run that fails.
+    """
+    world = join_world()
+    for number, file in enumerate(files, 1):
+        begun = time.monotonic()
+        config = load_config(Path(file), [])
+        log = Path(config.runs) / f"{config.name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        out = log.open("w", encoding="utf-8") if world.is_first else contextlib.nullcontext(sys.stderr)
+        with out as stream, contextlib.redirect_stderr(stream):
+            splits = read_texts(config) if world.is_first else None
+            with quiet_libraries():
+                train_run(config, world, splits, sys.argv)
+        if world.is_first:
+            sys.stdout.write(f"[{number}/{len(files)}] {config.name}: {time.monotonic() - begun:.1f} s\n")
+            sys.stdout.flush()
+    world.close()
+    return 0
+
+
+if __name__ == "__main__":
+    from shardtune.cli import guarded
+
+    sys.exit(guarded(lambda: train_many(sys.argv[1:])))
