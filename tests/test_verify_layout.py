@@ -74,7 +74,7 @@ def test_a_layout_that_fails(tmp_path: Path) -> None:
     done: subprocess.CompletedProcess[str] = grid.verify(config, "--ranks 1 --micro-batches 1", capture_output=True)
     assert done.returncode == 5, done.stdout + done.stderr
     assert "not finite" in done.stderr
-    assert "a layout on 1 rank failed" in done.stderr
+    assert "layout 1-auto-padded-1 failed, after 0 that did not" in done.stderr
 
 
 def test_the_config_itself_is_not_run(tmp_path: Path) -> None:

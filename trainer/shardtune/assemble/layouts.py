@@ -65,7 +65,8 @@ def verify(
         say(f"{len(files)} layouts on {ranks} rank{'s' * (ranks > 1)}")
         code = spawn([sys.executable, "-m", "shardtune.assemble.many", *map(str, files)], ranks, 1, 0, None)
         if code:
-            raise _Failed(code, f"a layout on {ranks} ranks failed; its log is in {folder / 'runs'}")
+            unfinished = [layout.name for layout in chosen if not (folder / "runs" / layout.name / "final").is_dir()]
+            raise _Failed(code, f"layout {unfinished[0]} failed, after {len(chosen) - len(unfinished)} that did not")
     courses = {layout: list(_course(folder / "runs" / layout.name)) for layout in chosen}
     differences = {layout: compare(courses[layout], courses[chosen[0]]) for layout in chosen}
     worst = Difference(*(max(column) for column in zip(*differences.values(), strict=True)))
