@@ -359,9 +359,10 @@ def test_packed_ranks_finish_together(budget: Budget, rng: random.Random) -> Non
         in_rounds = [[int(lengths[positions].sum()) for positions in turn] for turn in zip(*layout, strict=True)]
         idle = sum(max(turn) for turn in in_rounds) * ranks / lengths.sum()
         print(ranks, tokens, squares, idle)
-        assert tokens < 1.02
-        assert squares < 1.05
-        assert idle < 1.06
+        # A few percent above the worst of thousands of draws; the means are 1.003, 1.003 and 1.01.
+        assert tokens < 1.05
+        assert squares < 1.2
+        assert idle < 1.08
 
 
 @pytest.mark.parametrize(("ranks", "tokens"), [(8, 4096), (2, 4096), (3, 10_000), (8, 1_000_000)])
