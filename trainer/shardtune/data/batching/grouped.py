@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from shardtune.data.batching.padded import deal
+from shardtune.data.batching.padded import lay_out
 from shardtune.protocols import Budget
 
 
@@ -21,4 +21,4 @@ class Grouped:
     def layout(self, lengths: NDArray[np.int64], ranks: int, budget: Budget) -> list[list[NDArray[np.int64]]]:
         """Longest first (a step that does not fit in memory fails at once), by source and then target length."""
         longest_first = np.lexsort((-lengths[:, 1], -lengths[:, 0]))
-        return deal(longest_first, ranks, budget.examples or 1)
+        return lay_out(longest_first, lengths, ranks, budget)
