@@ -14,6 +14,7 @@ from pathlib import Path
 from shardtune.assemble.data import read_texts
 from shardtune.assemble.run import quiet_libraries, train_run
 from shardtune.config_file import load_config
+from shardtune.exit_codes import guarded
 from shardtune.world import join_world
 
 
@@ -41,6 +42,4 @@ def train_many(files: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    from shardtune.cli import guarded
-
     sys.exit(guarded(lambda: train_many(sys.argv[1:])))
