@@ -96,9 +96,11 @@ LORA_OPTIONS = {
     "tuning": {"method": "lora", "rank": 1, "alpha": 4},
     "optimizer__lr": 1e-2,
     "model__recompute": "full",  # of which the plain loop knows nothing
+    "data__batching": "packed",
+    "batch": {"examples": 16, "micro_tokens": 60},
 }
-T5 = matrix("t5", ["padded", "grouped", "padded"], optimizer__max_grad_norm=CLIPPED)
-LLAMA = matrix("llama", ["grouped", "padded", "grouped"], optimizer__max_grad_norm=None)
+T5 = matrix("t5", ["padded", "packed", "grouped"], optimizer__max_grad_norm=CLIPPED)
+LLAMA = matrix("llama", ["grouped", "padded", "packed"], optimizer__max_grad_norm=None)
 SHUFFLED = layouts("shuffled", "t5", data__shuffle=True, optimizer__max_grad_norm=CLIPPED)
 LORA = layouts("lora", "llama", **LORA_OPTIONS)
 LORA_T5 = [
@@ -107,7 +109,15 @@ LORA_T5 = [
 ]
 FROZEN = layouts("frozen", "t5", tuning={"method": "freeze", "layers": 1, "embeddings": True})
 OTHERS = [
-    Run(model, model, kind, ranks, 2, {"optimizer__eps": 1e-4})  # the keys' biases have gradients of pure noise
+    Run(
+        model,
+        model,
+        kind,
+        ranks,
+        2,
+        # The keys' biases have gradients of pure noise.
+        {"optimizer__eps": 1e-4, "data__batching": "packed" if kind == "fsdp2" and model != "bert" else "padded"},
+    )
     for model in ("t5-untied", "llama-tied", "bart", "gpt2", "bert")
     for kind, ranks in (("single", 1), ("fsdp2", 2), ("zero3", 2))
 ]
@@ -126,7 +136,7 @@ KEPT = [
     *layouts("kept-llama", "llama-tied", duration__steps=0, model__dtype="bfloat16"),
 ]
 ROUNDED = [
-    *layouts("t5-rounded", "t5", model__dtype="bfloat16", optimizer__max_grad_norm=CLIPPED),
+    *layouts("t5-rounded", "t5", model__dtype="bfloat16", optimizer__max_grad_norm=CLIPPED, data__batching="packed"),
     *layouts("llama-rounded", "llama", model__dtype="bfloat16", optimizer__max_grad_norm=None),
 ]
 TRAINED = [*T5, *LLAMA, *SHUFFLED, *LORA, *LORA_T5, *FROZEN, *OTHERS]
