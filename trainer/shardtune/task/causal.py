@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from shardtune.protocols import IGNORED, Batch, Encoded, Generation, Text, Tokens
-from shardtune.task.tokens import generate, mask, pad, tokenize
+from shardtune.task.tokens import generate, learned, mask, pad, tokenize
 
 
 class Causal:
@@ -63,14 +63,18 @@ class Causal:
 
     def collate(self, examples: Sequence[Tokens], packed: bool = False) -> Batch:
         """Right-padded rows [b, t] of source and target; labels are the targets in their own places."""
-        rows = [np.concatenate((e.source, e.target)) for e in examples]
-        labels = [np.concatenate((np.full(len(e.source), IGNORED), e.target)) for e in examples]
+        targets = [learned(e.target) for e in examples]
+        rows = [np.concatenate((e.source, ids)) for e, (ids, _) in zip(examples, targets, strict=True)]
+        labels = [
+            np.concatenate((np.full(len(e.source), IGNORED), own))
+            for e, (_, own) in zip(examples, targets, strict=True)
+        ]
         input_ids = pad(rows, self._tokenizer.pad_token_id)
         return Batch(
             inputs={"input_ids": input_ids, "attention_mask": mask(rows)},
             labels=pad(labels, IGNORED),
             tokens=sum(len(row) for row in rows),
-            targets=sum(len(e.target) for e in examples),
+            targets=sum(int((own >= 0).sum()) for _, own in targets),
             slots=input_ids.numel(),
         )
 
