@@ -26,7 +26,7 @@ REFUSALS = (TemplateError, ValueError, TypeError, LookupError, AttributeError)
 
 
 class Written(NamedTuple):
-    """A conversation as tokens."""
+    """A conversation as tokens, up to the last learned one."""
 
     ids: list[int]
     learned: NDArray[np.bool_]
@@ -113,7 +113,8 @@ class Chat:
             best = written
         if best is not None:
             return _encoded(best, left, not left)
-        return self._squeezed(shortest)
+        dropped = len(shortest.ids) < len(whole.ids)
+        return self._squeezed(shortest, dropped and left, dropped and not left)
 
     def _question(self, conversation: Conversation, place: str) -> Encoded:
         turns, tools = conversation
@@ -132,14 +133,14 @@ class Chat:
             best = shorter
         return Encoded(best or self._first_and_last(ids, self._limit), [], True, False)
 
-    def _squeezed(self, exchange: Written) -> Encoded:
-        """One exchange, cut inside of the turns."""
+    def _squeezed(self, exchange: Written, source_cut: bool, target_cut: bool) -> Encoded:
+        """One exchange, cut inside of its turns; the flags: whether other turns were cut off before."""
         start, stop = _last_run(exchange.learned)
         prompt, reply = exchange.ids[:start], exchange.ids[start:stop]
         room = max(self._limit // 2, 1)
         target = reply if len(reply) <= room else [*reply[: room - 1], reply[-1]]
         source = self._first_and_last(prompt, self._limit - len(target))
-        return Encoded(source, target, len(source) < len(prompt), len(target) < len(reply))
+        return Encoded(source, target, source_cut or len(source) < len(prompt), target_cut or len(target) < len(reply))
 
     def _first_and_last(self, ids: list[int], room: int) -> list[int]:
         """At most `room` of the tokens: the begin token, or whatever is first, and the last ones."""
@@ -165,7 +166,8 @@ class Chat:
             is_learned = np.array([False, True])
         else:
             raise DataError(f"{place}: the chat template writes nothing of the assistant's turns")
-        return Written(ids, is_learned)
+        stop = int(np.flatnonzero(is_learned)[-1]) + 1  # nothing learns from what comes after
+        return Written(ids[:stop], is_learned[:stop])
 
     def _write_untagged(
         self, turns: Sequence[Turn], tools: Sequence[Any], place: str
@@ -251,7 +253,7 @@ def _before_last_turn(example: Tokens) -> NDArray[np.int32]:
 
 def _encoded(written: Written, source_cut: bool, target_cut: bool) -> Encoded:
     places = np.flatnonzero(written.learned)
-    first, stop = int(places[0]), int(places[-1]) + 1
-    rest = zip(written.ids[first:stop], written.learned[first:stop], strict=True)
+    first = int(places[0])
+    rest = zip(written.ids[first:], written.learned[first:], strict=True)
     target = [token if is_learned else ~token for token, is_learned in rest]
     return Encoded(written.ids[:first], target, source_cut, target_cut)

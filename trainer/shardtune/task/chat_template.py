@@ -22,7 +22,7 @@ _PROBE = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content":
 def set_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
     """Gives the tokenizer the chat template that `task.template` names; None leaves it its own.
 
-    One of ours ends turns with its own token where the vocabulary has it, else with the tokenizer's end token. Raises
+    One of ours ends turns with its own token where the tokenizer has it, else with the tokenizer's end token. Raises
     ConfigError for an unknown name, a file that cannot be read, a template that is not valid, and where there is none.
     """
     where = "task.template: the tokenizer's own chat template"
@@ -30,7 +30,7 @@ def set_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> No
         path = FOLDER / f"{template}.jinja" if template in NAMES else Path(template).expanduser()
         text = _read(template, path)
         found = _END_OF_TURN.search(text) if template in NAMES else None
-        if found and found[1] not in tokenizer.get_vocab():
+        if found and found[1] not in tokenizer.get_added_vocab():  # or text could be merged to it
             text = text.replace(found[0], "set end_of_turn = eos_token", 1)
         tokenizer.chat_template = text
         where = str(path)
