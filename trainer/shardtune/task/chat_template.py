@@ -30,7 +30,8 @@ def set_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> No
         path = FOLDER / f"{template}.jinja" if template in NAMES else Path(template).expanduser()
         text = _read(template, path)
         found = _END_OF_TURN.search(text) if template in NAMES else None
-        if found and found[1] not in tokenizer.get_added_vocab():  # or text could be merged to it
+        known = {token.content for token in tokenizer.added_tokens_decoder.values()}  # of others, text could be merged
+        if found and found[1] not in known:
             text = text.replace(found[0], "set end_of_turn = eos_token", 1)
         tokenizer.chat_template = text
         where = str(path)
