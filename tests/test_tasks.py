@@ -28,7 +28,6 @@ from shardtune.task.tokens import mask, pad
 from skeletons import CLASSES, TASKS, architecture
 from tiny import WORDS, rows
 
-ROOT = Path(__file__).parents[1]
 PAIRS = [Text(f"line {n}", row["text"], row["summary"]) for n, row in enumerate(rows(40, seed=5))]
 
 

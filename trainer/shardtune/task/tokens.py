@@ -53,10 +53,10 @@ def mask(rows: Sequence[NDArray[np.int32] | Sequence[int]], left: bool = False) 
     return pad([np.ones(len(row), dtype=np.int32) for row in rows], 0, left)
 
 
-def learned(target: NDArray[np.int32] | Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def learned(target: NDArray[np.int32] | Sequence[int]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Ids and labels, both [t], of a target in which `~id` is a token that is read but not learned."""
-    given = np.asarray(target, dtype=np.int64)
-    return np.where(given < 0, ~given, given), np.where(given < 0, IGNORED, given)
+    given = np.asarray(target, dtype=np.int32)
+    return np.where(given < 0, ~given, given), np.where(given < 0, np.int32(IGNORED), given)
 
 
 def generate(
