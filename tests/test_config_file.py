@@ -411,11 +411,17 @@ def random_config(rng: random.Random) -> Config:
     if "name" in values:
         values["name"] = rng.choice(["1e5", "0o7", "off", "12", "1.5", "0x1F", "a.b-c_d", "1e-5", "null", "2024-01-01"])
     task = values["task"]
-    for key in ("source", "text", "prompt", "target"):
+    for key in ("source", "text", "messages", "tools", "template", "prompt", "target"):
         if key in task and (key != "target" or task["kind"] == "causal"):
             del task[key]
     if task["kind"] == "causal" and rng.random() < 0.5:
         task["text"] = rng.choice(STRINGS)
+    elif task["kind"] == "causal" and rng.random() < 0.5 and task.get("max_source_tokens", 512) > 1:
+        task |= {
+            "messages": rng.choice(STRINGS),
+            "tools": rng.choice(STRINGS),
+            "template": rng.choice([*STRINGS, None]),
+        }
     else:
         task["text" if task["kind"] == "classification" else rng.choice(["source", "prompt"])] = rng.choice(STRINGS)
         if task["kind"] == "causal":
@@ -467,10 +473,19 @@ EXACTLY = "the input comes from exactly one of"
         (BASE.replace("source: s", "source: s, prompt: p"),
          f"FILE:2 task.prompt: {EXACTLY} task.source or task.prompt; give one, not task.source and task.prompt"),
         (CAUSAL + "  target: t",
-         f"FILE:3 task: {EXACTLY} task.source or task.text or task.prompt; none is given"),
+         f"FILE:3 task: {EXACTLY} task.source or task.text or task.messages or task.prompt; none is given"),
         (CAUSAL + "  source: s\n  text: x\n  prompt: p\n",
-         f"FILE:7 task.prompt: {EXACTLY} task.source or task.text or task.prompt; "
+         f"FILE:7 task.prompt: {EXACTLY} task.source or task.text or task.messages or task.prompt; "
          "give one, not task.source and task.text and task.prompt"),
+        (CAUSAL + "  messages: m\n  text: t\n",
+         f"FILE:5 task.messages: {EXACTLY} task.source or task.text or task.messages or task.prompt; "
+         "give one, not task.text and task.messages"),
+        (CAUSAL + "  messages: m\n  target: t\n",
+         "FILE:6 task.target: task.messages already holds the assistant's turns; leave task.target out"),
+        (CAUSAL + "  source: s\n  target: t\n  template: chatml\n", "FILE:7 task.template: only with task.messages"),
+        (CAUSAL + "  text: s\n  tools: t\n", "FILE:6 task.tools: only with task.messages"),
+        (CAUSAL + "  messages: m\n  max_source_tokens: 1\n",
+         "FILE:6 task.max_source_tokens: a conversation needs at least 2 tokens, one to read and one to learn"),
         (CAUSAL + "  source: s\n",
          "FILE:3 task: task.target is missing (or give task.text: the loss is then on all of it)"),
         (CAUSAL + "  text: s\n  target: t\n",

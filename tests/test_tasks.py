@@ -16,7 +16,6 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerFast, set_seed
 
-from shardtune.config_file import load_config
 from shardtune.data.fields import Fields, texts
 from shardtune.data.sources import Row
 from shardtune.errors import DataError
@@ -29,7 +28,6 @@ from shardtune.task.tokens import mask, pad
 from skeletons import CLASSES, TASKS, architecture
 from tiny import WORDS, rows
 
-ROOT = Path(__file__).parents[1]
 PAIRS = [Text(f"line {n}", row["text"], row["summary"]) for n, row in enumerate(rows(40, seed=5))]
 
 
@@ -196,12 +194,17 @@ def test_classification_is_cut_to_length(tokenizer: Any, limit: int, side: str) 
         task.encode([Text("line 3", "cat", "maybe")])
 
 
-@pytest.mark.parametrize("name", ["llama-3.1-8b-chat-lora", "qwen3-8b-chat-lora"])
+MARKUP_PROMPTS = {
+    "llama": "<|start_header_id|>user<|end_header_id|>\n\n{instruction}\n\n{context}<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "qwen": "<|im_start|>user\n{instruction}\n\n{context}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+}
+
+
+@pytest.mark.parametrize("name", sorted(MARKUP_PROMPTS))
 def test_chat_markup_in_prompts(name: str) -> None:
     """The markup becomes its own tokens, one begin token comes first where the tokenizer has one, none is doubled."""
-    llama = name.startswith("llama")
-    config = load_config(ROOT / "configs" / f"{name}.yaml", []).task
-    assert config.prompt is not None
+    llama = name == "llama"
     markup = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
     markup = markup if llama else ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]
     tokenizer = Tokenizer(models.BPE())
@@ -216,7 +219,7 @@ def test_chat_markup_in_prompts(name: str) -> None:
     made = fast(tokenizer, eos_token=end, pad_token=end, **({"bos_token": markup[0]} if llama else {}))
 
     row = {"instruction": "Why?", "context": "", "response": "So."}
-    text = list(texts([Row("f:1", row)], Fields(None, config.prompt, "response"), False, Counter()))
+    text = list(texts([Row("f:1", row)], Fields(None, MARKUP_PROMPTS[name], "response"), False, Counter()))
     encoded = Causal(made, 512, 64, whole_text=False).encode(text)[0]
     written = made.decode([*encoded.source, *encoded.target])
     assert written == (
@@ -265,6 +268,16 @@ def examples_for(task: Any) -> list[Tokens]:
     return tokens(task.encode(PAIRS))
 
 
+def labels_in_place(batch: Batch) -> Tensor:
+    """A column for each of the inputs' (of the decoder's, where there is one)."""
+    kept = batch.inputs.get("logits_to_keep")
+    if kept is None:
+        return batch.labels
+    labels = torch.full_like(batch.inputs["input_ids"], IGNORED)
+    labels[:, kept + 1] = batch.labels
+    return labels
+
+
 def test_pad_and_mask() -> None:
     assert pad([[1, 2, 3], [4]], 9).tolist() == [[1, 2, 3], [4, 9, 9]]
     assert pad([[1, 2, 3], [4]], 9, left=True).tolist() == [[1, 2, 3], [9, 9, 4]]
@@ -282,7 +295,7 @@ def test_batches_hold_their_examples(tmp_path: Path, trained: Callable[[str], An
     task = task_for(name, kind, model, tokenizer)
     examples = examples_for(task)[:9]
     batch: Batch = task.collate(examples)
-    ids, seen = batch.inputs["input_ids"], batch.inputs["attention_mask"]
+    ids, seen, labels = batch.inputs["input_ids"], batch.inputs["attention_mask"], labels_in_place(batch)
     assert ids.shape == seen.shape
     assert {value.dtype for value in (*batch.inputs.values(), batch.labels)} == {torch.int64}
     for row, example in enumerate(examples):
@@ -293,8 +306,8 @@ def test_batches_hold_their_examples(tmp_path: Path, trained: Callable[[str], An
         if kind == "classification":
             assert batch.labels[row] == example.target[0]
             continue
-        counted = batch.labels[row] != IGNORED
-        assert batch.labels[row][counted].tolist() == example.target.tolist()
+        counted = labels[row] != IGNORED
+        assert labels[row][counted].tolist() == example.target.tolist()
         if kind == "seq2seq":
             shifted = batch.inputs["decoder_input_ids"][row]
             assert shifted[counted].tolist() == [model.config.decoder_start_token_id, *example.target[:-1]]
@@ -321,10 +334,11 @@ def test_loss_is_that_of_transformers(tmp_path: Path, trained: Callable[[str], A
     model, tokenizer = model_and_tokenizer(tmp_path, name, trained, kind)
     task = task_for(name, kind, model, tokenizer)
     batch = task.collate(examples_for(task)[:9])
-    inputs = {key: value for key, value in batch.inputs.items() if key != "decoder_input_ids"}
+    ours_only = ("decoder_input_ids", "logits_to_keep")
+    inputs = {key: value for key, value in batch.inputs.items() if key not in ours_only}
     with torch.no_grad():
         ours = task.loss_sum(model, batch)
-        theirs = model(**inputs, labels=batch.labels).loss * batch.targets
+        theirs = model(**inputs, labels=labels_in_place(batch)).loss * batch.targets
     assert ours.dtype == torch.float32
     assert ours.item() == pytest.approx(theirs.item(), rel=2e-6)
 
@@ -334,7 +348,8 @@ def test_loss_of_whole_texts_is_that_of_transformers(tmp_path: Path, trained: Ca
     task = task_for("text", "causal", model, tokenizer)
     batch = task.collate(tokens(task.encode(PAIRS))[:9])
     labels = batch.inputs["input_ids"].masked_fill(batch.inputs["attention_mask"] == 0, IGNORED)
-    theirs = model(**batch.inputs, labels=labels).loss * batch.targets
+    inputs = {key: batch.inputs[key] for key in ("input_ids", "attention_mask")}
+    theirs = model(**inputs, labels=labels).loss * batch.targets
     assert task.loss_sum(model, batch).item() == pytest.approx(theirs.item(), rel=2e-6)
 
 

@@ -90,7 +90,7 @@ def _parser() -> Parser:
     generate = commands.add_parser("generate", help="try the tuned model")
     generate.add_argument("--run", type=Path, required=True, metavar="DIR", dest="folder", help="the run's folder")
     generate.add_argument("--input", type=Path, metavar="FILE.jsonl", help="rows with the fields of the training data")
-    generate.add_argument("text", nargs="?", metavar="TEXT", help="one source text")
+    generate.add_argument("text", nargs="?", metavar="TEXT", help="one source text, or a user's turn")
     generate.set_defaults(run=_generate, command=generate)
 
     export = commands.add_parser("export", help="write the result as a Hugging Face folder")
@@ -245,9 +245,9 @@ def _generate(options: argparse.Namespace) -> int:
         problem = "neither is" if options.text is None else "both are"
         raise ConfigError(f"command line: give a TEXT or --input FILE.jsonl; {problem} given")
     config = _config_of_run(options.folder)
-    from shardtune.assemble.data import read_sources
+    from shardtune.assemble.data import read_sources, source_of
 
-    sources = [options.text] if options.text is not None else read_sources(config, options.input)
+    sources = [source_of(config, options.text)] if options.text is not None else read_sources(config, options.input)
     from shardtune.assemble.trained import generate
 
     for line in generate(config, options.folder, sources, as_json=options.input is not None):

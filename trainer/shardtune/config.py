@@ -53,9 +53,10 @@ class TaskSection(Section):
     prompt: str | None = None
     """Template over the fields of a row, such as "Summarize: {document}", in place of the input field."""
     max_source_tokens: Positive = 512
-    """Longest input, in tokens, special tokens included; longer ones are cut and keep their end token."""
+    """Longest input, in tokens, special tokens included; longer ones are cut and keep their end token. Of `messages`
+    the whole conversation, every turn: turns that go beyond it are left out."""
     truncation_side: Literal["right", "left"] = "right"
-    """Which end of a long input is cut off."""
+    """Which end of a long input is cut off; of `messages` the last turns, or the oldest after the system message."""
 
 
 class Seq2SeqConfig(TaskSection):
@@ -72,7 +73,8 @@ class Seq2SeqConfig(TaskSection):
 
 
 class CausalConfig(TaskSection):
-    """A decoder continues the source with the target (loss on the target), or a text (loss on all)."""
+    """A decoder continues the source with the target (loss on the target), a text (loss on all), or answers in
+    conversations (loss on the assistant's turns)."""
 
     kind: Literal["causal"]
     """What the model learns to do."""
@@ -82,8 +84,16 @@ class CausalConfig(TaskSection):
     """Field with the continuation; the loss is on it and its end token."""
     text: str | None = None
     """Field with a whole text, instead of source and target; the loss is on all of it."""
+    messages: str | None = None
+    """Field with a conversation, instead of source and target: a list of messages with role and content (or ShareGPT's
+    from and value). It is written with a chat template, and the loss is on the assistant's turns."""
+    tools: str | None = None
+    """Beside `messages`: field with the schemas of the tools that the assistant may call, a list or JSON of one."""
+    template: str | None = None
+    """Chat template of `messages`; null: the tokenizer's own; or chatml, llama3, plain, or a path ending in .jinja."""
     max_target_tokens: Positive = 128
-    """Longest target, in tokens, its end token included (a `text` is bounded by max_source_tokens)."""
+    """Longest target, in tokens, its end token included (a `text`, and `messages`, are bounded by
+    max_source_tokens)."""
 
 
 class ClassificationConfig(TaskSection):
@@ -310,7 +320,7 @@ class Config(Section):
 def conflicts(config: Config) -> Iterator[tuple[str, str]]:
     """Combinations of valid values that cannot work: pairs of (key, what is wrong with it)."""
     task, model = config.task, config.model
-    inputs = {"seq2seq": ["source"], "causal": ["source", "text"], "classification": ["text"]}[task.kind]
+    inputs = {"seq2seq": ["source"], "causal": ["source", "text", "messages"], "classification": ["text"]}[task.kind]
     given = [key for key in [*inputs, "prompt"] if getattr(task, key) is not None]
     wanted = " or ".join(f"task.{key}" for key in [*inputs, "prompt"])
     if len(given) != 1:
@@ -319,8 +329,15 @@ def conflicts(config: Config) -> Iterator[tuple[str, str]]:
     if isinstance(task, CausalConfig):
         if task.text is not None and task.target is not None:
             yield "task.target", "task.text already holds the whole text; leave task.target out"
-        if task.text is None and task.target is None:
+        if task.messages is not None and task.target is not None:
+            yield "task.target", "task.messages already holds the assistant's turns; leave task.target out"
+        if task.text is None and task.messages is None and task.target is None:
             yield "task", "task.target is missing (or give task.text: the loss is then on all of it)"
+        for key in ("tools", "template"):
+            if task.messages is None and getattr(task, key) is not None:
+                yield f"task.{key}", "only with task.messages"
+        if task.messages is not None and task.max_source_tokens < 2:
+            yield "task.max_source_tokens", "a conversation needs at least 2 tokens, one to read and one to learn"
     if config.data.validation is None and config.data.test is None and abs(sum(config.data.splits) - 1) > 1e-6:
         yield "data.splits", f"the shares add up to {sum(config.data.splits):g}, not to 1"
     if config.data.splits[0] == 0.0:

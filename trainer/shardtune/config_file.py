@@ -21,7 +21,7 @@ from shardtune.errors import ConfigError
 COMMAND_LINE = "command line"
 
 # Keys and values that are planned: naming them is no typing error, so it deserves its own words.
-NOT_YET = {"duration.minutes", "task.messages"}
+NOT_YET = {"duration.minutes"}
 
 
 class Yaml12Loader(yaml.SafeLoader):

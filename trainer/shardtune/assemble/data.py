@@ -6,7 +6,8 @@ from collections import Counter
 from pathlib import Path
 
 from shardtune.config import CausalConfig, ClassificationConfig, Config
-from shardtune.data.fields import Fields, texts
+from shardtune.conversations import Conversation, to_text
+from shardtune.data.fields import Fields, questions, texts
 from shardtune.data.sources import rows
 from shardtune.data.splits import Splits, read_splits
 from shardtune.errors import ConfigError
@@ -21,7 +22,7 @@ def read_texts(config: Config) -> Splits:
     if isinstance(task, ClassificationConfig):
         fields = Fields(input=task.text, prompt=task.prompt, target=task.label)
     elif isinstance(task, CausalConfig):
-        fields = Fields(input=task.text or task.source, prompt=task.prompt, target=task.target)
+        fields = Fields(task.text or task.source, task.prompt, task.target, task.messages, task.tools)
     else:
         fields = Fields(input=task.source, prompt=task.prompt, target=task.target)
     labels = task.kind == "classification"
@@ -47,11 +48,21 @@ def check_model_path(config: Config) -> None:
 def read_sources(config: Config, path: Path) -> list[str]:
     """What the model is to read for each row of a file; the rows need no target.
 
-    Raises DataError where the file is missing or a row lacks a field.
+    A conversation loses the assistant's turns that it ends with: the model is to answer what stands before. Raises
+    DataError where the file is missing or a row lacks a field.
     """
     task = config.task
+    if isinstance(task, CausalConfig) and task.messages is not None:
+        return list(questions(rows(str(path), "test"), task.messages, task.tools))
     field = task.text if isinstance(task, ClassificationConfig) else task.source
     if isinstance(task, CausalConfig):
         field = task.text or task.source
     fields = Fields(input=field, prompt=task.prompt, target=None)
     return [text.source for text in texts(rows(str(path), "test"), fields, labels=False, dropped=Counter())]
+
+
+def source_of(config: Config, text: str) -> str:
+    """What the model is to read where a user gives one text: in conversations it is one user turn."""
+    if isinstance(config.task, CausalConfig) and config.task.messages is not None:
+        return to_text(Conversation([{"role": "user", "content": text}], []))[0]
+    return text

@@ -24,12 +24,14 @@ from shardtune.data.batching.packed import Packed
 from shardtune.data.batching.padded import Padded
 from shardtune.errors import ConfigError
 from shardtune.layers import layer_names
+from shardtune.model.skeleton import keeps_logits
 from shardtune.model.tokenizer import decoder_start
 from shardtune.protocols import Batching, Budget, Strategy, Task, Tuning
 from shardtune.strategy.fsdp2 import Fsdp2
 from shardtune.strategy.replicated import Replicated
 from shardtune.strategy.zero import Zero
 from shardtune.task.causal import Causal
+from shardtune.task.chat import Chat
 from shardtune.task.classification import Classification
 from shardtune.task.seq2seq import Seq2Seq
 from shardtune.tuning.freeze import Freeze
@@ -51,11 +53,18 @@ def make_task(
     """The task of `task.kind`."""
     if isinstance(config, ClassificationConfig):
         return Classification(tokenizer, config.max_source_tokens, labels)
+    if is_chat(config):
+        return Chat(tokenizer, config.max_source_tokens, keeps_logits(model))
     if isinstance(config, CausalConfig):
         whole_text = config.text is not None
-        return Causal(tokenizer, config.max_source_tokens, config.max_target_tokens, whole_text)
+        return Causal(tokenizer, config.max_source_tokens, config.max_target_tokens, whole_text, keeps_logits(model))
     start = decoder_start(model, path)
     return Seq2Seq(tokenizer, config.max_source_tokens, config.max_target_tokens, start)
+
+
+def is_chat(config: TaskConfig) -> bool:
+    """Whether the examples are conversations."""
+    return isinstance(config, CausalConfig) and config.messages is not None
 
 
 def make_tuning(config: TuningConfig, task: str) -> Tuning:

@@ -27,6 +27,7 @@ from shardtune.assemble.parts import (
     DTYPES,
     check_device,
     choose_strategy,
+    is_chat,
     judged_at_once,
     make_budget,
     make_strategy,
@@ -36,6 +37,7 @@ from shardtune.assemble.parts import (
 )
 from shardtune.config import Config
 from shardtune.config_file import dump_config
+from shardtune.conversations import contents
 from shardtune.data.order import Order
 from shardtune.data.splits import Splits
 from shardtune.data.steps import Steps
@@ -50,6 +52,7 @@ from shardtune.protocols import Task, Text
 from shardtune.reporting import Reporter
 from shardtune.result import write_result
 from shardtune.state import TrainingState
+from shardtune.task.chat_template import set_template
 from shardtune.world import World
 
 ENCODED_AT_ONCE = 4096
@@ -182,6 +185,8 @@ def prepare(config: Config, world: World, splits: Splits | None, result: Path | 
         labels = saved_labels(result) if result is not None else world.first_does("labels", lambda: _labels(splits))
         name_labels(architecture, labels)
     _check_positions(config, architecture)
+    if is_chat(config.task) and result is None:  # a result's tokenizer has the template
+        set_template(tokenizer, getattr(config.task, "template", None))
     task = make_task(config.task, config.model.path, tokenizer, architecture, labels)
     folders = world.first_does("tables", lambda: _tokenize(config, task, tokenizer, labels, splits))
     tables = {}
@@ -231,7 +236,8 @@ def _trained_tokenizer(config: Config, splits: Splits | None) -> str:
     folder = cache_folder() / "tokenizers" / key
     if not (folder / "tokenizer.json").exists():
         partial = folder.with_name(f"{key}.{os.getpid()}")
-        texts = [text for example in splits.train for text in (example.source, example.target)]
+        parts = contents if is_chat(config.task) else lambda source, target: [source, target]
+        texts = [text for example in splits.train for text in parts(example.source, example.target)]
         train_tokenizer(texts, pieces, config.task.kind, partial)
         if folder.exists():
             return str(folder)
@@ -266,7 +272,7 @@ def _check_positions(config: Config, architecture: PreTrainedConfig) -> None:
     if "roberta" in architecture.model_type:  # its positions begin after the padding index
         positions -= (architecture.pad_token_id or 0) + 1
     source, target = config.task.max_source_tokens, getattr(config.task, "max_target_tokens", 0)
-    together = config.task.kind == "causal" and getattr(config.task, "text", None) is None
+    together = config.task.kind == "causal" and getattr(config.task, "text", None) is None and not is_chat(config.task)
     longest = source + target if together else max(source, target)
     if longest > positions:
         keys = "task.max_source_tokens and task.max_target_tokens together" if together else "task.max_source_tokens"
@@ -279,6 +285,8 @@ def _tokenize(
     """Token tables of all splits, from the cache where they are there. Split -> folder."""
     assert splits is not None
     settings = config.task.model_dump(include={"kind", "max_source_tokens", "max_target_tokens", "text"})
+    if is_chat(config.task):  # the template's text, for a file can change under its name; tools are in the sources
+        settings["chat_template"] = tokenizer.chat_template
     folders = {}
     tokenizer_identity = identity(tokenizer)  # before tokenizing, which leaves its settings in the tokenizer
     for name, texts in (("train", splits.train), ("validation", splits.validation), ("test", splits.test)):

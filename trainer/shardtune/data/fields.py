@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from shardtune.data.kinds import kind
+from shardtune.data.messages import example, question
 from shardtune.data.sources import Row
 from shardtune.errors import ConfigError, DataError
 from shardtune.protocols import Text
@@ -22,15 +24,6 @@ EMPTY_TARGET = "empty target"
 
 _ABSENT = object()
 _NAMES_SHOWN = 12
-_KINDS = {
-    str: "a string",
-    int: "a number",
-    float: "a number",
-    bool: "a boolean",
-    list: "a list",
-    dict: "an object",
-    bytes: "bytes",
-}
 
 
 @dataclass(frozen=True)
@@ -47,15 +40,23 @@ class Fields:
     """Template over the fields, such as "Summarize: {document}"; {{ and }} are braces. None: see `input`."""
     target: str | None
     """The field with the target or the label; None where the source holds all."""
+    messages: str | None = None
+    """The field with a conversation, in place of all the others."""
+    tools: str | None = None
+    """Beside `messages`, the field with the schemas of the tools; None: there are no tools."""
 
 
 def texts(rows: Iterable[Row], fields: Fields, labels: bool, dropped: Dropped) -> Iterator[Text]:
     """The text of each row, as it stands: nothing is stripped.
 
     Rows whose source or target is blank are left out and counted in `dropped`. With `labels` the target is a
-    class name. Numbers become their decimal form, booleans `true` and `false`. Raises DataError, with place
-    and field, where a field is absent or holds no text, and ConfigError where the template is malformed.
+    class name; of a conversation see `conversations.to_text`. Numbers become their decimal form, booleans `true`
+    and `false`. Raises DataError, with place and field, where a field is absent or holds no text, and ConfigError
+    where the template is malformed.
     """
+    if fields.messages is not None:
+        yield from _conversations(rows, fields.messages, fields.tools, dropped)
+        return
     if fields.prompt is not None:
         template = parse_template(fields.prompt)
     elif fields.input is not None:
@@ -72,6 +73,37 @@ def texts(rows: Iterable[Row], fields: Fields, labels: bool, dropped: Dropped) -
             dropped[EMPTY_TARGET] += 1
             continue
         yield Text(row.place, "".join(before + (value or "") for before, value in parts), target)
+
+
+def questions(rows: Iterable[Row], messages: str, tools: str | None) -> Iterator[str]:
+    """The source of each row's conversation that is to be answered, without the replies that it may end with.
+
+    Raises DataError, with place and field.
+    """
+    for row in rows:
+        yield question(*_conversation(row, messages, tools))
+
+
+def _conversations(rows: Iterable[Row], messages: str, tools: str | None, dropped: Dropped) -> Iterator[Text]:
+    for row in rows:
+        found = example(*_conversation(row, messages, tools))
+        if isinstance(found, str):
+            dropped[found] += 1
+        else:
+            yield Text(row.place, *found)
+
+
+def _conversation(row: Row, messages: str, tools: str | None) -> tuple[Any, Any, str, str | None]:
+    """The values of both fields, and their places."""
+    places = [f"{row.place} field `{name}`" for name in (messages, tools) if name is not None]
+    values = [_reach(row.fields, name.split(".")) for name in (messages, tools) if name is not None]
+    if values[0] is _ABSENT:
+        raise DataError(f"{places[0]}: absent; {_present(row.fields, messages)}")
+    if tools is None:
+        return values[0], None, places[0], None
+    if values[1] is _ABSENT:
+        raise DataError(f"{places[1]}: absent (null or [] is a row without tools); {_present(row.fields, tools)}")
+    return values[0], values[1], places[0], places[1]
 
 
 def parse_template(prompt: str) -> list[tuple[str, str | None]]:
@@ -118,7 +150,7 @@ def _text(row: Row, name: str, label: bool = False) -> str:
             raise DataError(f"{where}: not valid text: {problem}") from error
         return value
     wanted = "a string, a number or a boolean" if label else "a text"
-    raise DataError(f"{where}: {_kind(value)}, not {wanted}{_inside(name, value)}")
+    raise DataError(f"{where}: {kind(value)}, not {wanted}{_inside(name, value)}")
 
 
 def _reach(value: Any, steps: Sequence[str]) -> Any:
@@ -150,7 +182,7 @@ def _present(fields: dict[str, Any], name: str) -> str:
     if isinstance(holder, list):
         return f"{subject} is a list of {len(holder)}"
     if not isinstance(holder, dict):
-        return f"{subject} is {_kind(holder)}"
+        return f"{subject} is {kind(holder)}"
     names = [str(key) for key in holder]
     shown = ", ".join(names[:_NAMES_SHOWN]) + (", …" if len(names) > _NAMES_SHOWN else "")
     # Every name a dot can lead to, one level deep: `de` for `translation.de` is a common slip.
@@ -160,14 +192,6 @@ def _present(fields: dict[str, Any], name: str) -> str:
     near = difflib.get_close_matches(name, reachable, 1) or [key for key in reachable if key.endswith(f".{name}")]
     hint = f"; did you mean `{near[0]}`?" if near else ""
     return f"{subject} has: {shown or 'nothing'}{hint}"
-
-
-def _kind(value: object) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, float) and math.isnan(value):
-        return "not a number (NaN)"
-    return _KINDS.get(type(value), f"a {type(value).__name__}")
 
 
 def _inside(name: str, value: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,15 @@ def _is_bidirectional(config: PreTrainedConfig) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+
+
+def keeps_logits(config: PreTrainedConfig) -> bool:
+    """Whether the decoder of this architecture computes logits of chosen positions only, by `logits_to_keep`."""
+    mapping: Any = AutoModelForCausalLM._model_mapping
+    if type(config) not in mapping:  # code that comes with the weights
+        return False
+    chosen = mapping[type(config)]
+    return "logits_to_keep" in inspect.signature(chosen.forward).parameters
 
 
 def keep_layers(config: PreTrainedConfig, layers: list[int]) -> None:

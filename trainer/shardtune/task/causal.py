@@ -28,10 +28,13 @@ class Causal:
         max_source_tokens: int,
         max_target_tokens: int,
         whole_text: bool,
+        keeps_logits: bool = True,
     ) -> None:
+        """`keeps_logits`: the model can leave out positions that predict nothing (`logits_to_keep`)."""
         self._tokenizer: Any = tokenizer
         self._limits = max_source_tokens, max_target_tokens
         self._whole_text = whole_text
+        self._keeps_logits = keeps_logits
         self._ends = self._tokenizer("")["input_ids"][-1:] == [tokenizer.eos_token_id]
         self.scores_texts = not whole_text
 
@@ -98,7 +101,11 @@ class Causal:
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         """Summed cross entropy of the target tokens, each predicted at the position before it."""
         read(batch.documents)
-        return sum_of_cross_entropies(model(**batch.inputs, use_cache=False).logits, batch.labels)
+        if self._keeps_logits:
+            return sum_of_cross_entropies(model(**batch.inputs, use_cache=False).logits, batch.labels)
+        inputs = dict(batch.inputs)
+        kept = inputs.pop("logits_to_keep")
+        return sum_of_cross_entropies(model(**inputs, use_cache=False).logits[:, kept], batch.labels)
 
     def predict(self, model: nn.Module, examples: Sequence[Tokens], how: Generation) -> list[str]:
         """Generated continuations, without special tokens; sources are padded on the left."""

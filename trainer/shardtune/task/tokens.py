@@ -55,10 +55,10 @@ def mask(rows: Sequence[NDArray[np.int32] | Sequence[int]], left: bool = False) 
     return pad([np.ones(len(row), dtype=np.int32) for row in rows], 0, left)
 
 
-def learned(target: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Of a target as Tokens holds it: the ids as the model reads them, and the labels, IGNORED where it only reads."""
-    only_read = target < 0
-    return np.where(only_read, ~target, target), np.where(only_read, IGNORED, target)
+def learned(target: NDArray[np.int32] | Sequence[int]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Ids and labels, both [t], of a target in which `~id` is a token that is read but not learned."""
+    given = np.asarray(target, dtype=np.int32)
+    return np.where(given < 0, ~given, given), np.where(given < 0, np.int32(IGNORED), given)
 
 
 def joined(rows: Sequence[NDArray[np.int32]]) -> Tensor:
@@ -72,17 +72,27 @@ def sum_of_cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def generate(
-    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, how: Generation, pad_id: int, eos_id: int
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    how: Generation,
+    pad_id: int,
+    eos_id: int,
+    more_ends: Sequence[int] = (),
 ) -> Tensor:
     """Greedy or beam search with the model's own generation settings (such as forced tokens), never sampling.
 
-    int64 [b, generated length]; for decoders the prompt is included.
+    `more_ends`: tokens that end a text beside the model's own end tokens, or `eos_id` where it names none. int64
+    [b, generated length]; for decoders the prompt is included.
     """
     documents.read(None)
     settings = copy.deepcopy(getattr(model, "generation_config", None)) or GenerationConfig()
+    ends = settings.eos_token_id or eos_id
+    if more_ends:
+        ends = [*dict.fromkeys([*(ends if isinstance(ends, list) else [ends]), *more_ends])]
     settings.update(
         max_new_tokens=how.max_new_tokens, max_length=None, num_beams=how.beams, do_sample=False, temperature=None,
-        top_k=None, top_p=None, use_cache=True, pad_token_id=pad_id, eos_token_id=settings.eos_token_id or eos_id,
+        top_k=None, top_p=None, use_cache=True, pad_token_id=pad_id, eos_token_id=ends,
     )  # fmt: skip
     device = next(model.parameters()).device
     return model.generate(  # pyright: ignore[reportCallIssue, reportReturnType]
