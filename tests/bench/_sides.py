@@ -37,8 +37,8 @@ class Speed(NamedTuple):
 class Options(argparse.Namespace):
     """The command line of a benchmark."""
 
-    quick: bool
-    steps: int
+    steps: dict[str, int]
+    """Timed optimizer steps of each side in a round."""
     rounds: int
     threads: int
     batching: str
@@ -50,17 +50,17 @@ class Options(argparse.Namespace):
         return {"examples": examples, "micro_examples": 16}
 
 
-def options(description: str, steps: int, rounds: int, batching: str = "packed") -> Options:
-    """The command line of a benchmark; the defaults are those of `make bench`."""
+def options(description: str, steps: Mapping[str, int], rounds: int, batching: str = "packed") -> Options:
+    """The command line, and the defaults of `make bench`; `steps`: how many of each side are timed in a round."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="to try it out: one short round, which says little")
-    parser.add_argument("--steps", type=int, default=steps, help="timed optimizer steps of each side in a round")
     parser.add_argument("--rounds", type=int, default=rounds, help="how often each side runs, in turn")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of torch, over all ranks")
     parser.add_argument("--batching", default=batching, help="data.batching of our side")
     given = parser.parse_args(namespace=Options())
+    given.steps = {name: 1 if given.quick else count for name, count in steps.items()}
     if given.quick:
-        given.steps, given.rounds = 1, 1
+        given.rounds = 1
     return given
 
 
@@ -72,9 +72,10 @@ def workplace() -> Iterator[Path]:
 
 
 def environment(folder: Path, threads: int) -> dict[str, str]:
-    """Variables of both sides: threads of each process, caches of their own, and no network."""
+    """Variables of both sides: threads of each process, caches of their own, no GPU and no network."""
     return {
         **os.environ,
+        "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": str(threads),
         "SHARDTUNE_CACHE": str(folder / "cache"),
         "HF_DATASETS_CACHE": str(folder / "datasets"),
@@ -169,26 +170,21 @@ def report(
     **more: object,
 ) -> None:
     """Prints the JSON line; a ratio is the median over rounds of ours over the peer, of the same round."""
-    peers = [name for name in targets if name in found]
+    missing: list[Speed] = []
+    sides = {name: found.get(name, missing) for name in ["ours", *targets]}
+    ours = [speed.tokens_per_second for speed in found["ours"]]
+    ratios = {
+        name: [mine / theirs.tokens_per_second for mine, theirs in zip(ours, sides[name], strict=False)]
+        for name in targets
+    }
     line = {
         "benchmark": benchmark,
         "unit": "tokens/s without padding",
-        "rounds": len(found["ours"]),
-        "tokens_per_second": {name: round(_median(s.tokens_per_second for s in found[name])) for name in found},
-        "padding_share": {name: round(_median(s.padding_share for s in found[name]), 4) for name in found},
-        "step_seconds": {name: round(_median(s.step_seconds for s in found[name]), 3) for name in found},
-        "ratio": {
-            name: round(
-                _median(
-                    ours.tokens_per_second / theirs.tokens_per_second
-                    for ours, theirs in zip(found["ours"], found[name], strict=True)
-                ),
-                3,
-            )
-            if name in peers
-            else None
-            for name in targets
-        },
+        "rounds": len(ours),
+        "tokens_per_second": {name: _median([s.tokens_per_second for s in runs], 0) for name, runs in sides.items()},
+        "padding_share": {name: _median([s.padding_share for s in runs], 4) for name, runs in sides.items()},
+        "step_seconds": {name: _median([s.step_seconds for s in runs], 3) for name, runs in sides.items()},
+        "ratio": {name: _median(values, 3) for name, values in ratios.items()},
         "targets": dict(targets),
         **more,
         "versions": versions(packages),
@@ -196,8 +192,9 @@ def report(
     print(json.dumps(line))
 
 
-def _median(values: Iterator[float]) -> float:
-    return statistics.median(values)
+def _median(values: Sequence[float], digits: int) -> float | None:
+    """None of a peer that is not installed."""
+    return round(statistics.median(values), digits) if values else None
 
 
 def versions(packages: Sequence[str]) -> dict[str, str | None]:
@@ -206,4 +203,8 @@ def versions(packages: Sequence[str]) -> dict[str, str | None]:
     code = "import sys, json; from importlib import metadata as m; d = {p.name: p.version for p in m.distributions()}; "
     code += "print(json.dumps([d.get(name) for name in sys.argv[1:]]))"
     found = json.loads(subprocess.run([python, "-c", code, *packages], capture_output=True, check=True).stdout)
-    return {"python": sys.version.split()[0], "shardtune": metadata.version("shardtune"), **dict(zip(packages, found, strict=True))}
+    return {
+        "python": sys.version.split()[0],
+        "shardtune": metadata.version("shardtune"),
+        **dict(zip(packages, found, strict=True)),
+    }

@@ -37,9 +37,7 @@ def main() -> None:
     if settings["lora_rank"]:
         from peft import LoraConfig, get_peft_model
 
-        lora = LoraConfig(
-            task_type="SEQ_2_SEQ_LM", r=settings["lora_rank"], lora_alpha=32, target_modules="all-linear"
-        )
+        lora = LoraConfig(task_type="SEQ_2_SEQ_LM", r=settings["lora_rank"], lora_alpha=32, target_modules="all-linear")
         model = get_peft_model(model, lora)
 
     def tokenize(rows: dict[str, list[str]]) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 
 from _sides import (
     PEERS_PYTHON,
+    WARM_UP,
     config,
     environment,
     in_turn,
@@ -29,11 +30,12 @@ MICRO_TOKENS = 4096
 PEER_MICRO_ROWS = {"trl": 16, "trl_packed": 1}
 """The fastest of 8, 16 and 32 examples, and of 1, 2 and 4 packed rows."""
 PEER_MAX_LENGTH = MAX_SOURCE_TOKENS + MAX_TARGET_TOKENS
+STEPS = {"ours": 3, "trl": 1, "trl_packed": 3}
 TARGETS = {"trl": 2.3, "trl_packed": 1.0}
 
 
 def main() -> None:
-    given = options(__doc__ or "", steps=3, rounds=2)
+    given = options(__doc__ or "", STEPS, rounds=2)
     with workplace() as folder:
         variables = environment(folder, given.threads)
         work = causal(folder)
@@ -46,15 +48,15 @@ def main() -> None:
             },
             data={"train": str(work.pairs), "batching": given.batching},
             batch=given.batch(EXAMPLES, MICRO_TOKENS),
-            duration={"steps": given.steps + 1},
+            duration={"steps": given.steps["ours"] + WARM_UP},
         )  # fmt: skip
         sides = {"ours": functools.partial(train_ours, ours, variables)}
         if PEERS_PYTHON.exists():
             for name, rows in PEER_MICRO_ROWS.items():
                 settings = {
                     "model": str(work.model), "pairs": str(work.pairs), "out": str(folder / name),
-                    "max_length": PEER_MAX_LENGTH, "examples": EXAMPLES, "micro_rows": rows, "steps": given.steps + 1,
-                    "packing": name == "trl_packed", "seed": 0,
+                    "max_length": PEER_MAX_LENGTH, "examples": EXAMPLES, "micro_rows": rows,
+                    "steps": given.steps[name] + WARM_UP, "packing": name == "trl_packed", "seed": 0,
                 }  # fmt: skip
                 sides[name] = functools.partial(train_peer, "_trl_peer.py", settings, variables)
         else:
@@ -62,9 +64,10 @@ def main() -> None:
         found = in_turn(sides, given.rounds)
         facts = _facts(folder / "trl_packed.facts")
     report(
-        "causal", found, TARGETS, ["torch", "transformers", "trl"], batching=given.batching, steps=given.steps,
+        "causal", found, TARGETS, ["torch", "transformers", "trl"], batching=given.batching, timed_steps=given.steps,
         threads=given.threads, examples_per_step=EXAMPLES, peer_micro_rows=PEER_MICRO_ROWS,
-        peer_max_length=PEER_MAX_LENGTH, isolates_documents={"ours": True, "trl_packed": facts.get("isolates_documents")},
+        peer_max_length=PEER_MAX_LENGTH,
+        isolates_documents={"ours": True, "trl_packed": facts.get("isolates_documents")},
     )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ TARGETS = {"warm": 0.7}
 
 
 def main() -> None:
-    given = options(__doc__ or "", steps=1, rounds=5, batching="grouped")
+    given = options(__doc__ or "", {}, rounds=5, batching="grouped")
     with workplace() as folder:
         work = seq2seq(folder, PAIRS_ONE_OF, width=128, layers=2)
         ours = config(
@@ -62,13 +62,18 @@ def main() -> None:
                     seconds = _until(said, functools.partial(run, command, variables))
                     if number:
                         taken[name].append(seconds)
-                        print(f"bench: round {number} of {given.rounds}, {state}, {name}: {seconds:.2f} s", file=sys.stderr)
+                        print(
+                            f"bench: round {number} of {given.rounds}, {state}, {name}: {seconds:.2f} s",
+                            file=sys.stderr,
+                        )
     line = {
         "benchmark": "first_step",
         "unit": "s",
         "rounds": given.rounds,
         "pairs": work.examples,
-        **{state: {name: round(statistics.median(s), 3) for name, s in taken.items()} for state, taken in found.items()},
+        **{
+            state: {name: round(statistics.median(s), 3) for name, s in taken.items()} for state, taken in found.items()
+        },
         "ratio": {state: round(_ratio(taken), 3) for state, taken in found.items()},
         "targets": TARGETS,
         "threads": given.threads,

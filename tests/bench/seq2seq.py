@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from _sides import config, environment, in_turn, options, report, train_ours, train_peer, workplace
+from _sides import WARM_UP, config, environment, in_turn, options, report, train_ours, train_peer, workplace
 from _workload import MAX_SOURCE_TOKENS, MAX_TARGET_TOKENS, seq2seq
 
 EXAMPLES = 128
@@ -12,11 +12,13 @@ MICRO_TOKENS = 4096
 PEER_MICRO_EXAMPLES = {"trainer": 32, "trainer_grouped": 32}
 """The fastest of 16, 32 and 64 for each."""
 SAMPLING = {"trainer": "random", "trainer_grouped": "group_by_length"}
+STEPS = {"ours": 3, "trainer": 1, "trainer_grouped": 4}
+"""Those of length grouping differ in length, so there are more of them."""
 TARGETS = {"trainer": 2.5, "trainer_grouped": 1.25}
 
 
 def main() -> None:
-    given = options(__doc__ or "", steps=3, rounds=2)
+    given = options(__doc__ or "", STEPS, rounds=2)
     with workplace() as folder:
         variables = environment(folder, given.threads)
         work = seq2seq(folder)
@@ -27,20 +29,21 @@ def main() -> None:
             task={"kind": "seq2seq", "source": "source", "target": "target", **limits},
             data={"train": str(work.pairs), "batching": given.batching},
             batch=given.batch(EXAMPLES, MICRO_TOKENS),
-            duration={"steps": given.steps + 1},
+            duration={"steps": given.steps["ours"] + WARM_UP},
         )  # fmt: skip
         sides = {"ours": functools.partial(train_ours, ours, variables)}
         for name, sampling in SAMPLING.items():
             settings = {
                 "model": str(work.model), "pairs": str(work.pairs), "out": str(folder / name), **limits,
-                "examples": EXAMPLES, "micro_examples": PEER_MICRO_EXAMPLES[name], "steps": given.steps + 1,
+                "examples": EXAMPLES, "micro_examples": PEER_MICRO_EXAMPLES[name], "steps": given.steps[name] + WARM_UP,
                 "sampling": sampling, "lora_rank": 0, "seed": 0,
             }  # fmt: skip
             sides[name] = functools.partial(train_peer, "_trainer_peer.py", settings, variables)
         found = in_turn(sides, given.rounds)
     report(
         "seq2seq", found, TARGETS, ["torch", "transformers", "accelerate"], batching=given.batching,
-        steps=given.steps, threads=given.threads, examples_per_step=EXAMPLES, peer_micro_examples=PEER_MICRO_EXAMPLES,
+        timed_steps=given.steps, threads=given.threads, examples_per_step=EXAMPLES,
+        peer_micro_examples=PEER_MICRO_EXAMPLES,
     )  # fmt: skip
 
 
