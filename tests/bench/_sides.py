@@ -194,7 +194,7 @@ def report(
 
 def _median(values: Sequence[float], digits: int) -> float | None:
     """None of a peer that is not installed."""
-    return round(statistics.median(values), digits) if values else None
+    return round(statistics.median(values), digits or None) if values else None
 
 
 def versions(packages: Sequence[str]) -> dict[str, str | None]:

@@ -11,7 +11,7 @@ RANKS = 2
 EXAMPLES = 128
 MICRO_TOKENS = 4096
 LORA_RANK = 16
-PEER_MICRO_EXAMPLES = 32
+PEER_MICRO_EXAMPLES = 16
 """The fastest of 16, 32 and 64."""
 STEPS = {"ours": 2, "trainer_peft": 1}
 TARGETS = {"trainer_peft": 1.8}

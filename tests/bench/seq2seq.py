@@ -9,7 +9,7 @@ from _workload import MAX_SOURCE_TOKENS, MAX_TARGET_TOKENS, seq2seq
 
 EXAMPLES = 128
 MICRO_TOKENS = 4096
-PEER_MICRO_EXAMPLES = {"trainer": 32, "trainer_grouped": 32}
+PEER_MICRO_EXAMPLES = {"trainer": 16, "trainer_grouped": 16}
 """The fastest of 16, 32 and 64 for each."""
 SAMPLING = {"trainer": "random", "trainer_grouped": "group_by_length"}
 STEPS = {"ours": 3, "trainer": 1, "trainer_grouped": 4}
