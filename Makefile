@@ -16,6 +16,7 @@ MAKEFLAGS += --no-print-directory
 VENV  := .venv
 BIN   := $(CURDIR)/$(VENV)/bin
 STAMP := $(VENV)/.setup-done
+PEERS := .venv-bench
 PIP   := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
 # How many NVIDIA GPUs are here; where the driver's tool is missing, count the device files.
@@ -111,7 +112,22 @@ define run_benchmarks
 	exit $$failed
 endef
 
-bench: setup
+# Peers of the benchmarks live in an environment of their own, which sees what is in $(VENV); a benchmark whose peer is
+# missing says so.
+$(PEERS)/.setup-done: $(STAMP) tests/bench/requirements.txt
+	@echo "bench: installing the peers of the benchmarks into $(PEERS)" >&2
+	@rm -rf $(PEERS)
+	@$(BIN)/python -m venv --without-pip $(PEERS)
+	@packages() { "$$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }; \
+	echo "import site; site.addsitedir('$$(packages $(CURDIR)/$(VENV))')" > "$$(packages $(PEERS))/of_venv.pth"; \
+	if $(PIP) --python $(PEERS)/bin/python install -qq --no-deps -r tests/bench/requirements.txt; then \
+		touch $@; \
+	else \
+		echo "bench: they could not be installed; figures that need them are null" >&2; \
+		rm -rf $(PEERS); \
+	fi
+
+bench: setup $(PEERS)/.setup-done
 	$(if $(BENCH_CPU),,@echo "bench: there are no benchmarks for a CPU in tests/bench yet")
 	$(if $(BENCH_GPU),$(if $(filter 0,$(GPUS)),@echo "bench: left out for want of a GPU: $(notdir $(BENCH_GPU))" >&2))
 	$(call run_benchmarks,$(BENCH_CPU) $(if $(filter-out 0,$(GPUS)),$(BENCH_GPU)))
