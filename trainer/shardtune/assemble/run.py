@@ -45,6 +45,7 @@ from shardtune.data.tables import TokenTable, cache_folder, fingerprint, open_ta
 from shardtune.errors import ConfigError, DataError
 from shardtune.evaluation import Evaluator, Split
 from shardtune.loop import train
+from shardtune.model.dropout import quicken_dropout
 from shardtune.model.packed_attention import keep_apart
 from shardtune.model.skeleton import Skeleton, build_skeleton, load_architecture, set_dropout
 from shardtune.model.tokenizer import fit_config, identity, load_tokenizer, train_tokenizer
@@ -212,6 +213,7 @@ def make_skeleton(config: Config, prepared: Prepared, path: str, pretrained: boo
         prepared.architecture, path, config.task.kind, pretrained, model.attention, model.layers,
         model.trust_remote_code,
     )  # fmt: skip
+    quicken_dropout(skeleton.model)
     if config.data.batching == "packed":
         keep_apart(skeleton.model, path, flash=model.attention == "flash_attention_2")
     return skeleton

@@ -20,6 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from shardtune.documents import Documents, Lengths, Spread, being_read
 from shardtune.errors import ConfigError
+from shardtune.model.dropout import dropout as drop
 
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 """What layers may be, where a config lists them; others keep a state along the row, or attend in chunks."""
@@ -101,12 +102,30 @@ def packed_sdpa(
         mask = _mask(part.hidden, causal, sliding_window, bias, q, k)
         if k.shape[1] != q.shape[1]:
             k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-        out = scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling, is_causal=causal and mask is None
-        )
+        out = _attend(q, k, v, mask, dropout, scaling, causal and mask is None)
         done.append(out.transpose(1, 2).flatten(0, 1))
     rows = _PutBack.apply(torch.cat(done) if len(done) > 1 else done[0], spread.query_slots)
     return rows.unsqueeze(0), None
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rate: float, scaling: float | None, causal: bool
+) -> Tensor:
+    """softmax(q·kᵀ·scaling + mask)·v with dropout in between, all [examples, heads, length, head width]."""
+    if not rate or query.device.type != "cpu":
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=rate, scale=scaling, is_causal=causal
+        )
+    # Not fused on a CPU either, and with slower dropout.
+    scores = (query * (query.shape[-1] ** -0.5 if scaling is None else scaling)) @ key.transpose(2, 3)
+    if causal:
+        length = query.shape[2]
+        mask = torch.ones(length, length, dtype=torch.bool).tril_()
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores.add_(mask)
+    return drop(scores.softmax(-1), rate) @ value
 
 
 def packed_flash(
