@@ -59,6 +59,11 @@ def learned(target: NDArray[np.int32] | Sequence[int]) -> tuple[NDArray[np.int32
     return np.where(given < 0, ~given, given), np.where(given < 0, np.int32(IGNORED), given)
 
 
+def all_ends(ends: int | list[int], more: Sequence[int]) -> int | list[int]:
+    """End tokens as a generation config holds them, each once."""
+    return [*dict.fromkeys([*(ends if isinstance(ends, list) else [ends]), *more])] if more else ends
+
+
 def generate(
     model: PreTrainedModel,
     input_ids: Tensor,
@@ -74,9 +79,7 @@ def generate(
     [b, generated length]; for decoders the prompt is included.
     """
     settings = copy.deepcopy(getattr(model, "generation_config", None)) or GenerationConfig()
-    ends = settings.eos_token_id or eos_id
-    if more_ends:
-        ends = [*dict.fromkeys([*(ends if isinstance(ends, list) else [ends]), *more_ends])]
+    ends = all_ends(settings.eos_token_id or eos_id, more_ends)
     settings.update(
         max_new_tokens=how.max_new_tokens, max_length=None, num_beams=how.beams, do_sample=False, temperature=None,
         top_k=None, top_p=None, use_cache=True, pad_token_id=pad_id, eos_token_id=ends,
