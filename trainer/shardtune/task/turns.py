@@ -57,22 +57,25 @@ def _start(turns: Sequence[Turn], index: int, whole: str, after: int, render: Re
             if whole.startswith(before) and complete and len(before) >= after:
                 return len(before)
     # Templates that write a turn in another way once others follow: marks stand for the contents around the start.
-    start = None
-    with suppress(DataError):
-        start = _marked_start(turns, index, whole, render)
-    if start is None or start < after:
-        raise UnclearTurnError(index + 1, "begins")
-    return start
+    mark, _ = _marks(whole)
+    spoken = [*turns[:index], {**turns[index], "content": mark}, *turns[index + 1 :]]  # also before a call
+    for marked in (spoken, _replaced(turns, index, mark)):
+        with suppress(DataError):
+            start = _marked_start(turns, marked, index, whole, render)
+            if start is not None and start >= after:
+                return start
+    raise UnclearTurnError(index + 1, "begins")
 
 
-def _marked_start(turns: Sequence[Turn], index: int, whole: str, render: Render) -> int | None:
+def _marked_start(turns: Sequence[Turn], marked: Sequence[Turn], index: int, whole: str, render: Render) -> int | None:
+    """`marked` are the turns with the first mark in turn `index`."""
     mark, other = _marks(whole)
-    with_mark = render(_replaced(turns, index, mark), False)
+    with_mark = render(marked, False)
     at = with_mark.find(mark)
     if index:
         # What the template puts between the turn before and a turn to be written, and what it puts there in `whole`.
         asked = render(_replaced(turns, index - 1, other)[:index], True)
-        with_both = render(_replaced(_replaced(turns, index, mark), index - 1, other), False)
+        with_both = render(_replaced(marked, index - 1, other), False)
         between = with_both[: max(with_both.find(mark), 0)]
         if other not in asked or other not in between:
             return None
