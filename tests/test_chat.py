@@ -491,6 +491,18 @@ def test_templates_by_name_and_file(tmp_path: Path) -> None:
         set_template(tokenizer, str(path))
 
 
+def test_a_tokenizer_with_several_templates() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = {"default": TEMPLATES["zephyr"], "tool_use": TEMPLATES["qwen"]}
+    chat = Chat(tokenizer, EVERYTHING)
+    turns = [user("a"), assistant("b")]
+    assert joined(encode(chat, turns)) == reference(make_tokenizer(TEMPLATES["zephyr"]), turns)
+    assert joined(encode(chat, turns, [TOOL])) == reference(make_tokenizer(TEMPLATES["qwen"]), turns, [TOOL])
+    tokenizer.chat_template = {"tool_use": TEMPLATES["qwen"]}
+    with pytest.raises(ConfigError, match=r"task\.template: the tokenizer's own: "):
+        Chat(tokenizer, EVERYTHING)
+
+
 def test_turns_end_with_a_token_that_exists() -> None:
     few = SPECIAL[:3]
     for name in NAMES:

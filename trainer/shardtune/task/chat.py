@@ -64,8 +64,8 @@ class Chat:
 
         What is longer than the limit loses whole turns: the last ones, or, where the left is cut and in a question, the
         oldest after the system message. Where one exchange is too long, the reply keeps its beginning and its end
-        token, at most half of the limit, and the prompt its first token and its last ones. Raises DataError where the
-        template cannot write a conversation.
+        token, at most half of the limit, and the prompt its first token and its last ones. A conversation that has lost
+        its last turn predicts an earlier one. Raises DataError where the template cannot write a conversation.
         """
         return [
             self._example(from_text(text.source, text.target), text.place)
@@ -201,8 +201,11 @@ class Chat:
         return list(found["input_ids"]), is_learned
 
     def _template(self, tools: Sequence[Any]) -> str:
-        """A tokenizer may have a template of its own for conversations with tools."""
-        return self._tokenizer.get_chat_template(None, list(tools) or None)
+        """A tokenizer may have several templates, one of them for conversations with tools."""
+        try:
+            return self._tokenizer.get_chat_template(None, list(tools) or None)
+        except ValueError as error:
+            raise ConfigError(f"task.template: the tokenizer's own: {str(error).splitlines()[0]}") from None
 
     def _render(self, turns: Sequence[Turn], tools: Sequence[Any], place: str, ask: bool) -> str:
         return self._apply(turns, tools, place, tokenize=False, add_generation_prompt=ask)
