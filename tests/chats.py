@@ -70,7 +70,27 @@ ZEPHYR = """{%- for m in messages %}{{- '<|' + m.role + '|>\\n' }}{%- if m.role 
 {%- generation %}{{- m.content + eos_token }}{%- endgeneration %}{%- else %}{{- m.content + eos_token }}{%- endif %}
 {{- '\\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|assistant|>\\n' }}{%- endif %}"""
 
-TEMPLATES = {"llama": LLAMA, "qwen": QWEN, "mistral": MISTRAL, "gemma": GEMMA, "zephyr": ZEPHYR}
+# One more token ends the conversation.
+PHI = """{%- for m in messages %}{{- '<|' + m.role + '|>\\n' }}{%- if m.role == 'assistant' %}
+{%- generation %}{{- m.content + '<|im_end|>' }}
+{%- if loop.last and not add_generation_prompt %}{{- '\\n' + eos_token }}{%- endif %}{%- endgeneration %}
+{%- if not loop.last or add_generation_prompt %}{{- '\\n' }}{%- endif %}
+{%- else %}{{- m.content + '<|im_end|>\\n' }}{%- endif %}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|assistant|>\\n' }}{%- endif %}"""
+
+# A thought is asked for, and only the last reply has one.
+THINKING = """{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' }}{%- if m.role == 'assistant' %}
+{%- set content = m.content.split('</think>')[-1].lstrip('\\n') %}
+{%- if loop.last %}{{- '<think>\\n' }}{%- endif %}
+{%- generation %}{{- ('\\n</think>\\n\\n' if loop.last else '') + content + '<|im_end|>' }}{%- endgeneration %}
+{{- '\\n' }}
+{%- else %}{{- m.content + '<|im_end|>\\n' }}{%- endif %}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n' }}{%- endif %}"""
+
+TEMPLATES = {
+    "llama": LLAMA, "qwen": QWEN, "mistral": MISTRAL, "gemma": GEMMA, "zephyr": ZEPHYR, "phi": PHI,
+    "thinking": THINKING,
+}  # fmt: skip
 WITH_TOOLS = {"llama", "qwen", "chatml", "llama3", "plain"}
 
 

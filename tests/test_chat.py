@@ -224,6 +224,10 @@ def test_learned_are_the_tokens_that_transformers_names(name: str, tagged: bool)
         ("llama3", "<s><|start_header_id|>user<|end_header_id|>\n\na<|eot_id|><|start_header_id|>assistant"
          "<|end_header_id|>\n\n⟦b<|eot_id|>⟧<|start_header_id|>user<|end_header_id|>\n\nc<|eot_id|>"
          "<|start_header_id|>assistant<|end_header_id|>\n\n⟦d<|eot_id|>⟧"),
+        ("phi", "<|user|>\na<|im_end|>\n<|assistant|>\n⟦b<|im_end|>⟧\n<|user|>\nc<|im_end|>\n<|assistant|>\n"
+         "⟦d<|im_end|>\n</s>⟧"),
+        ("thinking", "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n⟦b<|im_end|>⟧\n"
+         "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n<think>\n⟦\n</think>\n\nd<|im_end|>⟧"),
         ("plain", "<s>User: a\n\nAssistant:⟦ b</s>⟧\n\nUser: c\n\nAssistant:⟦ d</s>⟧"),
     ],
 )  # fmt: skip
@@ -454,6 +458,8 @@ def test_prediction_answers_the_last_turn_and_stops_at_its_end() -> None:
         chat.predict(model, wholes, how)
     given, out = lengths[0]
     assert given["generation_config"].eos_token_id == [1, end]
+    chat.stop_at_turns_end(model)
+    assert model.generation_config.eos_token_id == [1, end]
     new = out[:, given["input_ids"].shape[1] :]
     for row in new.tolist():
         assert end not in row or set(row[row.index(end) + 1 :]) <= {0}, "nothing but padding follows"
@@ -485,6 +491,18 @@ def test_templates_by_name_and_file(tmp_path: Path) -> None:
     path.write_bytes(b"\xff")
     with pytest.raises(ConfigError, match="cannot be read as UTF-8"):
         set_template(tokenizer, str(path))
+
+
+def test_a_tokenizer_with_several_templates() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = {"default": TEMPLATES["zephyr"], "tool_use": TEMPLATES["qwen"]}
+    chat = Chat(tokenizer, EVERYTHING)
+    turns = [user("a"), assistant("b")]
+    assert joined(encode(chat, turns)) == reference(make_tokenizer(TEMPLATES["zephyr"]), turns)
+    assert joined(encode(chat, turns, [TOOL])) == reference(make_tokenizer(TEMPLATES["qwen"]), turns, [TOOL])
+    tokenizer.chat_template = {"tool_use": TEMPLATES["qwen"]}
+    with pytest.raises(ConfigError, match=r"task\.template: the tokenizer's own: "):
+        Chat(tokenizer, EVERYTHING)
 
 
 def test_turns_end_with_a_token_that_exists() -> None:

@@ -53,6 +53,7 @@ from shardtune.protocols import Task, Text
 from shardtune.reporting import Reporter
 from shardtune.result import write_result
 from shardtune.state import TrainingState
+from shardtune.task.chat import Chat
 from shardtune.task.chat_template import set_template
 from shardtune.world import World
 
@@ -82,6 +83,8 @@ def train_run(config: Config, world: World, splits: Splits | None, command_line:
     check_device(config, world)
     prepared = prepare(config, world, splits)
     skeleton = make_skeleton(config, prepared, config.model.path, config.model.weights == "pretrained")
+    if isinstance(prepared.task, Chat):
+        prepared.task.stop_at_turns_end(skeleton.model)
     tuning = make_tuning(config.tuning, config.task.kind)
     with skeleton.recorder:
         model = tuning.apply(skeleton.model)

@@ -10,14 +10,14 @@ import numpy as np
 from jinja2 import TemplateError
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shardtune.conversations import ASSISTANT, Conversation, Turn, from_text
 from shardtune.errors import ConfigError, DataError
 from shardtune.protocols import Batch, Encoded, Generation, Text, Tokens
 from shardtune.task.causal import Causal
 from shardtune.task.chat_template import NAMES
-from shardtune.task.tokens import generate, learned, mask, pad
+from shardtune.task.tokens import all_ends, generate, learned, mask, pad
 from shardtune.task.turns import UnclearTurnError, assistant_spans
 
 GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -56,6 +56,7 @@ class Chat:
             )
         self._tokenizer: Any = tokenizer
         self._limit = max_tokens
+        self._markup = {number: token.content for number, token in tokenizer.added_tokens_decoder.items()}
         self._causal = Causal(tokenizer, max_tokens, 1, True, keeps_logits)
         self._ends = self._end_tokens()
 
@@ -64,8 +65,8 @@ class Chat:
 
         What is longer than the limit loses whole turns: the last ones, or, where the left is cut and in a question, the
         oldest after the system message. Where one exchange is too long, the reply keeps its beginning and its end
-        token, at most half of the limit, and the prompt its first token and its last ones. Raises DataError where the
-        template cannot write a conversation.
+        token, at most half of the limit, and the prompt its first token and its last ones. A conversation that has lost
+        its last turn predicts an earlier one. Raises DataError where the template cannot write a conversation.
         """
         return [
             self._example(from_text(text.source, text.target), text.place)
@@ -92,6 +93,12 @@ class Chat:
         # An end token that is not a special one would stay in the text.
         new = [row[: next((n for n, token in enumerate(row) if token in self._ends), None)] for row in rows]
         return [text.strip() for text in self._tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+    def stop_at_turns_end(self, model: PreTrainedModel) -> None:
+        """Others who load the result generate with the model's own settings, and should stop where this task does."""
+        settings = model.generation_config
+        if settings is not None and self._ends:
+            settings.eos_token_id = all_ends(settings.eos_token_id or self._tokenizer.eos_token_id, self._ends)
 
     # ----------------------------------------------------------------------------------------- to tokens
 
@@ -175,7 +182,9 @@ class Chat:
     ) -> tuple[list[int], NDArray[np.bool_]]:
         whole = self._render(turns, tools, place, False)
         try:
-            spans = assistant_spans(turns, whole, lambda some, ask: self._render(some, tools, place, ask))
+            spans = assistant_spans(
+                turns, whole, lambda some, ask: self._render(some, tools, place, ask), list(self._markup.values())
+            )
         except UnclearTurnError as error:
             raise ConfigError(
                 f"{place}: task.template: this chat template does not show where the assistant's turn {error.number} "
@@ -193,8 +202,11 @@ class Chat:
         return list(found["input_ids"]), is_learned
 
     def _template(self, tools: Sequence[Any]) -> str:
-        """A tokenizer may have a template of its own for conversations with tools."""
-        return self._tokenizer.get_chat_template(None, list(tools) or None)
+        """A tokenizer may have several templates, one of them for conversations with tools."""
+        try:
+            return self._tokenizer.get_chat_template(None, list(tools) or None)
+        except ValueError as error:
+            raise ConfigError(f"task.template: the tokenizer's own: {str(error).splitlines()[0]}") from None
 
     def _render(self, turns: Sequence[Turn], tools: Sequence[Any], place: str, ask: bool) -> str:
         return self._apply(turns, tools, place, tokenize=False, add_generation_prompt=ask)
@@ -216,9 +228,11 @@ class Chat:
             ids, is_learned = self._write(turns, [], "two turns, for a trial")
         except DataError:  # it wants something else of a conversation
             return []
-        last = ids[_last_run(is_learned)[1] - 1]
-        known = last in self._tokenizer.added_tokens_decoder and last != self._tokenizer.eos_token_id
-        return [last] if known else []
+        start, stop = _last_run(is_learned)
+        # Some templates mark the newline after the end token as well.
+        visible = [token for token in ids[start:stop] if self._tokenizer.decode([token]).strip()]
+        known = visible and visible[-1] in self._markup and visible[-1] != self._tokenizer.eos_token_id
+        return visible[-1:] if known else []
 
 
 _QUIET = {"verbose": False}

@@ -71,6 +71,11 @@ def sum_of_cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
+def all_ends(ends: int | list[int], more: Sequence[int]) -> int | list[int]:
+    """End tokens as a generation config holds them, each once."""
+    return [*dict.fromkeys([*(ends if isinstance(ends, list) else [ends]), *more])] if more else ends
+
+
 def generate(
     model: PreTrainedModel,
     input_ids: Tensor,
@@ -87,9 +92,7 @@ def generate(
     """
     documents.read(None)
     settings = copy.deepcopy(getattr(model, "generation_config", None)) or GenerationConfig()
-    ends = settings.eos_token_id or eos_id
-    if more_ends:
-        ends = [*dict.fromkeys([*(ends if isinstance(ends, list) else [ends]), *more_ends])]
+    ends = all_ends(settings.eos_token_id or eos_id, more_ends)
     settings.update(
         max_new_tokens=how.max_new_tokens, max_length=None, num_beams=how.beams, do_sample=False, temperature=None,
         top_k=None, top_p=None, use_cache=True, pad_token_id=pad_id, eos_token_id=ends,

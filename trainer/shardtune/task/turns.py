@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TypeAlias
@@ -26,11 +27,14 @@ class UnclearTurnError(Exception):
         """begins or ends."""
 
 
-def assistant_spans(turns: Sequence[Turn], whole: str, render: Render) -> list[tuple[int, int]]:
+def assistant_spans(
+    turns: Sequence[Turn], whole: str, render: Render, markup: Sequence[str] = ()
+) -> list[tuple[int, int]]:
     """Start and stop of each assistant's turn in `whole`, which is `render(turns, False)`, in characters.
 
     A turn starts where the model would be asked to write it, after all that the template writes before, and stops
-    after its end token; whitespace that the template puts after that is not part of it. Raises UnclearTurnError.
+    after its end token; whitespace that the template puts after that is not part of it. `markup`: the tokens that can
+    end a turn where the last turn has more after it than the others. Raises UnclearTurnError.
     """
     spans: list[tuple[int, int]] = []
     for index, turn in enumerate(turns):
@@ -38,7 +42,7 @@ def assistant_spans(turns: Sequence[Turn], whole: str, render: Render) -> list[t
             continue
         after = spans[-1][1] if spans else 0
         start = _start(turns, index, whole, after, render)
-        stop = _stop(turns, index, whole, start, render)
+        stop = _stop(turns, index, whole, start, render, markup)
         spans.append((start, stop))
     return spans
 
@@ -53,29 +57,37 @@ def _start(turns: Sequence[Turn], index: int, whole: str, after: int, render: Re
             if whole.startswith(before) and complete and len(before) >= after:
                 return len(before)
     # Templates that write a turn in another way once others follow: marks stand for the contents around the start.
-    start = None
-    with suppress(DataError):
-        start = _marked_start(turns, index, whole, render)
-    if start is None or start < after:
-        raise UnclearTurnError(index + 1, "begins")
-    return start
+    mark, _ = _marks(whole)
+    spoken = [*turns[:index], {**turns[index], "content": mark}, *turns[index + 1 :]]  # also before a call
+    for marked in (spoken, _replaced(turns, index, mark)):
+        with suppress(DataError):
+            start = _marked_start(turns, marked, index, whole, render)
+            if start is not None and start >= after:
+                return start
+    raise UnclearTurnError(index + 1, "begins")
 
 
-def _marked_start(turns: Sequence[Turn], index: int, whole: str, render: Render) -> int | None:
+def _marked_start(turns: Sequence[Turn], marked: Sequence[Turn], index: int, whole: str, render: Render) -> int | None:
+    """`marked` are the turns with the first mark in turn `index`."""
     mark, other = _marks(whole)
-    with_mark = render(_replaced(turns, index, mark), False)
+    with_mark = render(marked, False)
     at = with_mark.find(mark)
     if index:
         # What the template puts between the turn before and a turn to be written, and what it puts there in `whole`.
         asked = render(_replaced(turns, index - 1, other)[:index], True)
-        with_both = render(_replaced(_replaced(turns, index, mark), index - 1, other), False)
+        with_both = render(_replaced(marked, index - 1, other), False)
         between = with_both[: max(with_both.find(mark), 0)]
         if other not in asked or other not in between:
             return None
         head, found = asked.rpartition(other)[2], between.rpartition(other)[2]
-        if not found.startswith(head):
+        if found.startswith(head):
+            start = at - (len(found) - len(head))
+        elif head.startswith(found) and index + 1 < len(turns):
+            # It asks for a thought as well, which it takes out of earlier turns. In the last one the model would never
+            # learn to answer what it is asked.
+            start = at
+        else:
             return None
-        start = at - (len(found) - len(head))
     else:
         user = [{"role": "user", "content": mark}]
         asked, plain = render(user, True), render(user, False)
@@ -86,7 +98,7 @@ def _marked_start(turns: Sequence[Turn], index: int, whole: str, render: Render)
     return start if at >= 0 and start >= 0 and with_mark[:start] == whole[:start] else None
 
 
-def _stop(turns: Sequence[Turn], index: int, whole: str, start: int, render: Render) -> int:
+def _stop(turns: Sequence[Turn], index: int, whole: str, start: int, render: Render, markup: Sequence[str]) -> int:
     mark, _ = _marks(whole)
     with suppress(DataError):
         upto = render(turns[: index + 1], False) if index + 1 < len(turns) else whole
@@ -102,9 +114,14 @@ def _stop(turns: Sequence[Turn], index: int, whole: str, start: int, render: Ren
     with suppress(DataError):
         end = _after(render(_replaced(turns, index, mark)[: index + 1], False), mark)
         rest = _after(render(_replaced(turns, index, mark), False), mark)
-        if end is not None and rest is not None and rest.startswith(end.rstrip()) and whole.endswith(rest):
-            stop = len(whole) - len(rest) + len(end.rstrip())
-            if start <= stop:
+        if end is not None and rest is not None and whole.endswith(rest):
+            length = len(end.rstrip()) if rest.startswith(end.rstrip()) else 0
+            if not length and not turns[index].get("tool_calls"):
+                # Another token ends the whole conversation: this turn ends with the last one that both have.
+                shared = _shared(end, rest)
+                length = max((shared.rfind(word) + len(word) for word in markup if word in shared), default=0)
+            stop = len(whole) - len(rest) + length
+            if start <= stop and (length or not end.rstrip()):
                 return stop
     raise UnclearTurnError(index + 1, "ends")
 
@@ -119,6 +136,12 @@ def _replaced(turns: Sequence[Turn], index: int, mark: str) -> list[Turn]:
     else:
         turn = {**turn, "content": mark}
     return [*turns[:index], turn, *turns[index + 1 :]]
+
+
+def _shared(one: str, other: str) -> str:
+    """The beginning that both have."""
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return "".join(letter for letter, _ in pairs)
 
 
 def _after(text: str, mark: str) -> str | None:
