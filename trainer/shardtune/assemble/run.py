@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import math
 import os
 import sys
 import time
@@ -22,22 +21,19 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from shardtune import optim, run_folder
 from shardtune.assemble.parts import (
-    BATCHINGS,
     DTYPES,
     check_device,
     choose_strategy,
     judged_at_once,
-    make_budget,
     make_strategy,
     make_task,
     make_tuning,
     metric_names,
 )
+from shardtune.assemble.steps import make_course
 from shardtune.config import Config
 from shardtune.config_file import dump_config
-from shardtune.data.order import Order
 from shardtune.data.splits import Splits
-from shardtune.data.steps import Steps
 from shardtune.data.tables import TokenTable, cache_folder, fingerprint, open_table, write_table
 from shardtune.errors import ConfigError, DataError
 from shardtune.evaluation import Evaluator, Split
@@ -109,21 +105,13 @@ def train_run(config: Config, world: World, splits: Splits | None, command_line:
         environment = run_folder.environment(list(command_line), kind, devices)
         claim = run_folder.begin(folder, dump_config(config), environment)
     state = TrainingState()
-    train_table = prepared.tables["train"]
-    order = Order(len(train_table), config.batch.examples or 32, config.seed, config.data.shuffle)
-    batching = BATCHINGS[config.data.batching]()
-    steps = Steps(
-        train_table, order, batching, prepared.task.collate, world.rank, world.size, make_budget(config.batch)
-    )
-    total_steps = config.duration.steps
-    if total_steps is None:
-        total_steps = math.ceil((config.duration.epochs or 1) * order.steps_per_epoch)
+    steps, total_steps, examples_of = make_course(config, world, prepared.task, prepared.tables["train"])
     evaluator = Evaluator(
         prepared.task, strategy, world, metric_names(config), config.evaluation.max_new_tokens,
         config.evaluation.beams, judged_at_once(config.batch), folder / "predictions",
     )  # fmt: skip
     reporter = Reporter(
-        folder, world, state, total_steps, order.examples, config.tracking.every, config.evaluation.every,
+        folder, world, state, total_steps, examples_of, config.tracking.every, config.evaluation.every,
         config.tracking.tensorboard, evaluator, evaluated_splits(prepared, config.evaluation.examples),
         config.model_dump(mode="json"),
     )  # fmt: skip
@@ -288,14 +276,13 @@ def _facts(config: Config, world: World, prepared: Prepared, skeleton: Skeleton,
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     counts = ", ".join(f"{len(table):,} {name}" for name, table in prepared.tables.items() if len(table))
     batch = config.batch
+    steps = f"{batch.examples:,} examples a step" if batch.examples else f"at most {batch.tokens:,} tokens a step"
     weights = "random weights" if config.model.weights == "random" else config.model.path
     lines = [
         f"{config.name}: {type(skeleton.model).__name__} ({weights}), {config.task.kind}, {config.tuning.method}: "
         f"{trained:,} of {total:,} parameters trained",
         f"{kind} on {world.size} rank{'s' * (world.size > 1)} ({_device_name(world.device)}), {config.model.dtype}; "
-        f"{batch.examples:,} examples a step"
-        if batch.examples
-        else f"at most {batch.tokens:,} tokens a step",
+        + steps,
         f"examples: {counts}" + (f"; {len(prepared.labels):,} labels" if prepared.labels else ""),
     ]
     if not any(len(table) for name, table in prepared.tables.items() if name != "train"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +24,20 @@ class Step(NamedTuple):
     """Whether the next step begins an epoch."""
 
 
+class StepSource(Protocol):
+    """Gives the steps of a run to one rank."""
+
+    def at(self, epoch: int, cursor: int) -> Step:
+        """The step that begins after `cursor` examples of the epoch. Raises DataError where its data is wrong."""
+        ...
+
+    def close(self) -> None:
+        """Ends what was begun for later steps."""
+        ...
+
+
 class Steps:
-    """Lays out the examples of any step for one rank."""
+    """Lays out the examples of any step for one rank; implements StepSource."""
 
     def __init__(
         self,
@@ -51,7 +63,10 @@ class Steps:
         lengths = self._table.lengths[examples]
         layout = self._batching.layout(lengths, self._ranks, self._budget)
         micro_batches = [self._batch(examples, positions) for positions in layout[self._rank]]
-        return Step(examples, micro_batches, cursor + len(examples) == self.order.examples)
+        return Step(examples, micro_batches, cursor + len(examples) == self.order.examples_of(epoch))
+
+    def close(self) -> None:
+        """Nothing was begun."""
 
     def _batch(self, examples: NDArray[np.int64], positions: NDArray[np.int64]) -> Batch:
         if len(positions):
