@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -97,12 +97,48 @@ class ClassificationConfig(TaskSection):
 TaskConfig = Annotated[Seq2SeqConfig | CausalConfig | ClassificationConfig, Field(discriminator="kind")]
 
 
+Path = Annotated[str, Field(min_length=1)]
+
+
+class SourceConfig(Section):
+    """One of several sources, and how much of it is trained on: exactly one of `weight` and `tokens`."""
+
+    path: Path
+    """Like `data.train`: a file, a glob, a folder, a hub id, or docs:python."""
+    weight: Annotated[float, Field(gt=0.0)] | None = None
+    """How often an epoch visits each of its examples: 2 is twice, 0.5 every other epoch. Of a stream: its part of the
+    examples, beside the weights of the others."""
+    tokens: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Its share of the tokens that are trained on; the shares of all sources add up to 1."""
+
+
+# Which member of a union the user means. No key is written in <>, so messages can leave these tags out.
+
+
+def _train_form(value: object) -> str:
+    return "<list>" if isinstance(value, list) else "<text>"
+
+
+def _source_form(value: object) -> str:
+    return "<section>" if isinstance(value, dict | SourceConfig) else "<text>"
+
+
+Source = Annotated[
+    Annotated[Path, Tag("<text>")] | Annotated[SourceConfig, Tag("<section>")],
+    Discriminator(_source_form),
+]
+
+
 class DataConfig(Section):
     """Where the examples come from, and how they are batched."""
 
-    train: Annotated[str, Field(min_length=1)]
-    """File or glob (.jsonl .json .csv .parquet), a folder saved by `datasets`, a hub id
-    (owner/name[@config][:split]), or docs:python."""
+    train: Annotated[
+        Annotated[Path, Tag("<text>")] | Annotated[list[Source], Field(min_length=1), Tag("<list>")],
+        Discriminator(_train_form),
+    ]
+    """File or glob (.jsonl .json .csv .parquet), a folder saved by `datasets`, a hub id (owner/name[@config][:split]),
+    or docs:python. A list of these is read one after the other; with a weight or a share of tokens each, they are
+    mixed."""
     validation: str | None = None
     """Like `train`; null: a share of the training data (see `splits`)."""
     test: str | None = None
@@ -115,6 +151,19 @@ class DataConfig(Section):
     micro-batch is one row of examples without padding, each of which attends to itself only."""
     shuffle: bool = True
     """A new order each epoch, drawn from `seed`. false: step k takes the next rows in file order."""
+    streaming: bool = False
+    """Read, check and tokenize the training data while training, and keep nothing of it: for data larger than memory,
+    in .jsonl, .csv or .parquet files or on the hub."""
+    shuffle_buffer: Positive = 10_000
+    """Of a stream, so many examples in a row are shuffled among themselves."""
+    prefetch: Annotated[int, Field(ge=0)] = 2
+    """Steps that are prepared ahead while one is computed; 0: each when it is needed."""
+
+    @property
+    def sources(self) -> list[SourceConfig]:
+        """What `train` names, as a list."""
+        given = [self.train] if isinstance(self.train, str) else self.train
+        return [SourceConfig(path=source) if isinstance(source, str) else source for source in given]
 
 
 BATCH_SIZES = (("examples", "tokens"), ("micro_examples", "micro_tokens"))
@@ -318,6 +367,9 @@ def conflicts(config: Config) -> Iterator[tuple[str, str]]:
             yield "task.target", "task.text already holds the whole text; leave task.target out"
         if task.text is None and task.target is None:
             yield "task", "task.target is missing (or give task.text: the loss is then on all of it)"
+    yield from _mixture_conflicts(config.data)
+    if config.data.streaming:
+        yield from _stream_conflicts(config)
     if config.data.validation is None and config.data.test is None and abs(sum(config.data.splits) - 1) > 1e-6:
         yield "data.splits", f"the shares add up to {sum(config.data.splits):g}, not to 1"
     if config.data.splits[0] == 0.0:
@@ -362,3 +414,41 @@ def conflicts(config: Config) -> Iterator[tuple[str, str]]:
                 "evaluation.metrics",
                 f"{', '.join(sorted(names & for_texts))}: only with a target; task.text has none",
             )
+
+
+def _mixture_conflicts(data: DataConfig) -> Iterator[tuple[str, str]]:
+    if isinstance(data.train, str):
+        return
+    kinds = []
+    for index, source in enumerate(data.train):
+        key = f"data.train.{index}"
+        if isinstance(source, str):
+            kinds.append("path")
+        elif (source.weight is None) == (source.tokens is None):
+            yield key, "give exactly one of weight and tokens"
+            return
+        else:
+            kinds.append("weight" if source.weight is not None else "tokens")
+        if kinds[-1] != kinds[0]:
+            names = {"path": "a path alone", "weight": "a weight", "tokens": "a share of tokens"}
+            yield key, f"has {names[kinds[-1]]}, but the first source {names[kinds[0]]}; all are given alike"
+            return
+    total = sum(source.tokens or 0.0 for source in data.sources)
+    if kinds[0] == "tokens" and abs(total - 1) > 1e-6:
+        yield "data.train", f"the shares of tokens add up to {total:g}, not to 1"
+
+
+def _stream_conflicts(config: Config) -> Iterator[tuple[str, str]]:
+    key, duration = "data.streaming", config.duration
+    if config.task.kind == "classification":
+        yield key, "a classifier's labels must all be known before the first step; leave data.streaming out"
+    if duration.epochs is not None and duration.steps is None:
+        yield "duration.steps", "a stream's length is not known, so give duration.steps in place of duration.epochs"
+    if (config.model.tokenizer or "").startswith("train:"):
+        yield "model.tokenizer", "train:N reads all texts before the first step, which a stream does not allow"
+    for index, source in enumerate(config.data.sources):
+        place = "data.train" if isinstance(config.data.train, str) else f"data.train.{index}"
+        if source.path == "docs:python":
+            yield place, "docs:python is small and read whole; leave data.streaming out"
+        elif source.path.lower().endswith(".json"):
+            yield place, "a .json file can only be read whole; to stream it, make it .jsonl, one object a line"

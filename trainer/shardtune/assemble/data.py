@@ -24,8 +24,8 @@ def read_texts(config: Config) -> Splits:
         fields = Fields(input=task.text or task.source, prompt=task.prompt, target=task.target)
     else:
         fields = Fields(input=task.source, prompt=task.prompt, target=task.target)
-    labels = task.kind == "classification"
-    return read_splits(data.train, data.validation, data.test, data.splits, fields, labels)
+    labels, train = task.kind == "classification", [source.path for source in data.sources]
+    return read_splits(train, data.validation, data.test, data.splits, fields, labels)
 
 
 def check_model_path(config: Config) -> None:

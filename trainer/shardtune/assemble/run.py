@@ -30,7 +30,7 @@ from shardtune.assemble.parts import (
     make_tuning,
     metric_names,
 )
-from shardtune.assemble.steps import make_course
+from shardtune.assemble.steps import describe_sources, make_course
 from shardtune.config import Config
 from shardtune.config_file import dump_config
 from shardtune.data.splits import Splits
@@ -59,6 +59,8 @@ class Prepared:
     task: Task
     labels: list[str]
     tables: dict[str, TokenTable]
+    train_counts: list[int]
+    """How many training examples are from each source."""
     splits: Splits | None
     """The texts, on the first rank."""
 
@@ -105,7 +107,9 @@ def train_run(config: Config, world: World, splits: Splits | None, command_line:
         environment = run_folder.environment(list(command_line), kind, devices)
         claim = run_folder.begin(folder, dump_config(config), environment)
     state = TrainingState()
-    steps, total_steps, examples_of = make_course(config, world, prepared.task, prepared.tables["train"])
+    steps, total_steps, examples_of = make_course(
+        config, world, prepared.task, prepared.tables["train"], prepared.train_counts
+    )
     evaluator = Evaluator(
         prepared.task, strategy, world, metric_names(config), config.evaluation.max_new_tokens,
         config.evaluation.beams, judged_at_once(config.batch), folder / "predictions",
@@ -135,6 +139,7 @@ def train_run(config: Config, world: World, splits: Splits | None, command_line:
             tuning.makes_adapter, world.is_first,
         )  # fmt: skip
     finally:
+        steps.close()
         reporter.close()
         if claim is not None:
             os.close(claim)
@@ -166,13 +171,14 @@ def prepare(config: Config, world: World, splits: Splits | None, result: Path | 
     _check_positions(config, architecture)
     task = make_task(config.task, config.model.path, tokenizer, architecture, labels)
     folders = world.first_does("tables", lambda: _tokenize(config, task, tokenizer, labels, splits))
+    train_counts = world.first_does("sources", lambda: splits.train_counts if splits is not None else [])
     tables = {}
     for name, folder in folders.items():
         table = open_table(Path(folder))
         if table is None:
             raise DataError(f"{folder}: the tokenized {name} split is not there; do all nodes see this folder?")
         tables[name] = table
-    return Prepared(architecture, tokenizer, task, labels, tables, splits)
+    return Prepared(architecture, tokenizer, task, labels, tables, train_counts, splits)
 
 
 def name_labels(architecture: PreTrainedConfig, labels: Sequence[str]) -> None:
@@ -284,6 +290,7 @@ def _facts(config: Config, world: World, prepared: Prepared, skeleton: Skeleton,
         f"{kind} on {world.size} rank{'s' * (world.size > 1)} ({_device_name(world.device)}), {config.model.dtype}; "
         + steps,
         f"examples: {counts}" + (f"; {len(prepared.labels):,} labels" if prepared.labels else ""),
+        *describe_sources(config, prepared.tables["train"], prepared.train_counts),
     ]
     if not any(len(table) for name, table in prepared.tables.items() if name != "train"):
         lines.append("no validation or test examples, so nothing is evaluated")
