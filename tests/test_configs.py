@@ -153,7 +153,7 @@ def test_every_key_is_described_and_in_the_tables(json_schema: dict[str, Any]) -
 def test_data_of_the_hub_is_recognized(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a split is a slice, whose brackets could be those of a glob."""
     asked: list[tuple[str, str]] = []
-    monkeypatch.setattr(sources, "read_hub", lambda spec, split: asked.append((spec, split)) or iter(()))
+    monkeypatch.setattr(sources, "read_hub", lambda spec, split, stream: asked.append((spec, split)) or iter(()))
     wanted = []
     for path in SHIPPED:
         data = load_config(path, []).data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import logging
@@ -9,7 +10,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +31,12 @@ from shardtune.assemble.parts import (
     make_tuning,
     metric_names,
 )
-from shardtune.assemble.steps import describe_sources, make_course
+from shardtune.assemble.steps import describe_sources, make_course, make_stream, make_stream_course
 from shardtune.config import Config
 from shardtune.config_file import dump_config
 from shardtune.data.splits import Splits
 from shardtune.data.tables import TokenTable, cache_folder, fingerprint, open_table, write_table
-from shardtune.errors import ConfigError, DataError
+from shardtune.errors import ConfigError, DataError, FailedElsewhere
 from shardtune.evaluation import Evaluator, Split
 from shardtune.loop import train
 from shardtune.model.skeleton import Skeleton, build_skeleton, load_architecture
@@ -107,9 +108,14 @@ def train_run(config: Config, world: World, splits: Splits | None, command_line:
         environment = run_folder.environment(list(command_line), kind, devices)
         claim = run_folder.begin(folder, dump_config(config), environment)
     state = TrainingState()
-    steps, total_steps, examples_of = make_course(
-        config, world, prepared.task, prepared.tables["train"], prepared.train_counts
-    )
+    stream = None
+    if config.data.streaming:
+        own_task = copy.deepcopy(prepared.task)  # a tokenizer's settings change while it is used: not in two threads
+        stream = make_stream(config, own_task)
+        steps, total_steps, examples_of = make_stream_course(config, world, own_task, stream)
+    else:
+        table = prepared.tables["train"]
+        steps, total_steps, examples_of = make_course(config, world, prepared.task, table, prepared.train_counts)
     evaluator = Evaluator(
         prepared.task, strategy, world, metric_names(config), config.evaluation.max_new_tokens,
         config.evaluation.beams, judged_at_once(config.batch), folder / "predictions",
@@ -133,11 +139,20 @@ def train_run(config: Config, world: World, splits: Splits | None, command_line:
             functools.partial(optim.clip_scale, max_grad_norm=config.optimizer.max_grad_norm),
             reporter.after_step,
         )  # fmt: skip
+        if stream is not None and stream.noted:
+            reporter.progress.say(f"in the stream, as far as it was read: {_counted(stream.noted)}")
         reporter.evaluate()
         write_result(
             folder / "final", model, strategy, weights, prepared.tokenizer, prepared.labels, skeleton.stored_dtype,
             tuning.makes_adapter, world.is_first,
         )  # fmt: skip
+    except DataError as error:  # of a stream, which every rank reads
+        if not world.is_first:
+            raise FailedElsewhere(error.exit_code) from None
+        raise DataError(
+            f"{error}\nThis was found after {state.step} of {total_steps} steps. Their metrics and evaluations are in "
+            f"{folder}; no weights were kept, as this version writes no checkpoints"
+        ) from error
     finally:
         steps.close()
         reporter.close()
@@ -266,7 +281,8 @@ def _tokenize(
     settings = config.task.model_dump(include={"kind", "max_source_tokens", "max_target_tokens", "text"})
     folders = {}
     tokenizer_identity = identity(tokenizer)  # before tokenizing, which leaves its settings in the tokenizer
-    for name, texts in (("train", splits.train), ("validation", splits.validation), ("test", splits.test)):
+    for name in ("validation", "test") if config.data.streaming else ("train", "validation", "test"):
+        texts: list[Text] = getattr(splits, name)
         key = fingerprint("tokens", 1, splits.fingerprint, name, settings, labels, tokenizer_identity)
         folder = cache_folder() / "tokens" / key
         if open_table(folder) is None:
@@ -289,8 +305,8 @@ def _facts(config: Config, world: World, prepared: Prepared, skeleton: Skeleton,
         f"{trained:,} of {total:,} parameters trained",
         f"{kind} on {world.size} rank{'s' * (world.size > 1)} ({_device_name(world.device)}), {config.model.dtype}; "
         + steps,
-        f"examples: {counts}" + (f"; {len(prepared.labels):,} labels" if prepared.labels else ""),
-        *describe_sources(config, prepared.tables["train"], prepared.train_counts),
+        f"examples: {counts or 'a stream'}" + (f"; {len(prepared.labels):,} labels" if prepared.labels else ""),
+        *describe_sources(config, prepared.tables.get("train"), prepared.train_counts),
     ]
     if not any(len(table) for name, table in prepared.tables.items() if name != "train"):
         lines.append("no validation or test examples, so nothing is evaluated")
@@ -300,11 +316,15 @@ def _facts(config: Config, world: World, prepared: Prepared, skeleton: Skeleton,
             lines.append(f"cut to length in {name}: {' and '.join(cut)} of {len(table):,}")
     dropped = prepared.splits.dropped if prepared.splits is not None else {}
     if dropped:
-        lines.append("left out or noted: " + ", ".join(f"{count:,} {reason}" for reason, count in dropped.items()))
+        lines.append(f"left out or noted: {_counted(dropped)}")
     if skeleton.new_parameters:
         lines.append(f"new, not in the pretrained weights: {', '.join(skeleton.new_parameters)}")
     lines.append("no checkpoints are written during the run in this version, only the result")
     return "\n".join(lines)
+
+
+def _counted(reasons: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
 
 
 def _last_words(folder: Path, config: Config, results: str, seconds: float) -> str:

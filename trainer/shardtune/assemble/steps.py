@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+from shardtune.assemble.data import make_fields, make_mixture
 from shardtune.assemble.parts import BATCHINGS, make_budget
 from shardtune.config import Config, SourceConfig
 from shardtune.data.order import Order, Portion, TokenLimit
 from shardtune.data.prefetch import Prefetch
-from shardtune.data.steps import Steps, StepSource
+from shardtune.data.steps import Layout, Steps, StepSource
+from shardtune.data.stream import Stream
+from shardtune.data.stream_steps import StreamSteps
 from shardtune.data.tables import TokenTable
 from shardtune.errors import ConfigError
 from shardtune.protocols import Task
@@ -36,6 +39,25 @@ def make_course(config: Config, world: World, task: Task, table: TokenTable, cou
     batching = BATCHINGS[config.data.batching]()
     steps = Steps(table, order, batching, task.collate, world.rank, world.size, make_budget(batch))
     return Course(prefetched(config, world, steps, total_steps), total_steps, order.examples_of)
+
+
+def make_stream(config: Config, task: Task) -> Stream:
+    """The training examples of a streaming run. `task` is used in a thread of its own, so nothing else may use it."""
+    data = config.data
+    divided = data.validation is None and data.test is None
+    return Stream(
+        [source.path for source in data.sources], make_mixture(config), make_fields(config.task),
+        data.splits if divided else None, task.encode, data.shuffle_buffer if data.shuffle else None, config.seed,
+    )  # fmt: skip
+
+
+def make_stream_course(config: Config, world: World, task: Task, stream: Stream) -> Course:
+    """The steps over a stream, whose length nobody knows."""
+    batch, total_steps = config.batch, config.duration.steps or 0
+    batching = BATCHINGS[config.data.batching]()
+    layout = Layout(batching, task.collate, world.rank, world.size, make_budget(batch))
+    steps = StreamSteps(stream, batch.examples, batch.tokens, layout)
+    return Course(prefetched(config, world, steps, total_steps), total_steps, lambda epoch: None)
 
 
 def prefetched(config: Config, world: World, steps: StepSource, total_steps: int) -> StepSource:
@@ -72,9 +94,15 @@ def tokens_of(table: TokenTable, counts: Sequence[int]) -> list[int]:
     return found
 
 
-def describe_sources(config: Config, table: TokenTable, counts: Sequence[int]) -> Iterator[str]:
-    """A line for each of several sources: what part it has in an epoch."""
+def describe_sources(config: Config, table: TokenTable | None, counts: Sequence[int]) -> Iterator[str]:
+    """A line for each of several sources: what part it has in an epoch; of a stream (no table) what is known of it."""
     sources = config.data.sources
+    if table is None:
+        mixture = make_mixture(config)
+        unit = "tokens" if mixture is not None and mixture.of_tokens else "examples"
+        for index, source in enumerate(sources):
+            yield f"  stream of {source.path}" + (f": {mixture.shares[index]:.1%} of the {unit}" if mixture else "")
+        return
     if len(sources) < 2:
         return
     parts = portions(sources, table, counts)

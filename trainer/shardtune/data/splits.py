@@ -77,21 +77,25 @@ def read_splits(
             repeated = len(parts[split]) - len(_without(parts[split], _contents(parts["train"])))
             if repeated:
                 dropped[f"{split} examples also in train"] += repeated
-    return Splits(**parts, dropped=dict(dropped), fingerprint=_fingerprint(parts), train_counts=counts)
+    return Splits(**parts, dropped=dict(dropped), fingerprint=fingerprint_of(parts), train_counts=counts)
 
 
 def divide(examples: Iterable[Text], shares: Sequence[float]) -> dict[str, list[Text]]:
     """The examples of each split, by a hash of their sources; `shares` are of train, validation and test."""
-    edges = list(accumulate(shares))
     parts: dict[str, list[Text]] = {name: [] for name in NAMES}
     for example in examples:
-        digest = hashlib.blake2b(example.source.encode("utf-8"), digest_size=8).digest()
-        point = int.from_bytes(digest, "big") / 2**64 * edges[-1]
-        # The product can round up to the last edge; that example belongs to the last share that is not zero.
-        last = max(index for index, share in enumerate(shares) if share > 0)
-        index = next((index for index, edge in enumerate(edges) if point < edge), last)
-        parts[NAMES[index]].append(example)
+        parts[split_of(example, shares)].append(example)
     return parts
+
+
+def split_of(example: Text, shares: Sequence[float]) -> str:
+    """The split that a hash of the example's source gives it to."""
+    edges = list(accumulate(shares))
+    digest = hashlib.blake2b(example.source.encode("utf-8"), digest_size=8).digest()
+    point = int.from_bytes(digest, "big") / 2**64 * edges[-1]
+    # The product can round up to the last edge; that example belongs to the last share that is not zero.
+    last = max(index for index, share in enumerate(shares) if share > 0)
+    return NAMES[next((index for index, edge in enumerate(edges) if point < edge), last)]
 
 
 def _read(source: str, split: str, fields: Fields, labels: bool, dropped: Dropped) -> tuple[list[Text], int]:
@@ -167,7 +171,8 @@ def _without(examples: Iterable[Text], contents: set[bytes]) -> list[Text]:
     return [example for example in examples if _content(example) not in contents]
 
 
-def _fingerprint(parts: dict[str, list[Text]]) -> str:
+def fingerprint_of(parts: dict[str, list[Text]]) -> str:
+    """SHA-256, in hex, of all sources and targets in order with their splits."""
     digest = hashlib.sha256()
     for name in NAMES:
         digest.update(f"{name} {len(parts[name])}\n".encode())
