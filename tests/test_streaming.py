@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,7 @@ def test_a_step_is_a_set_of_examples(tmp_path: Path, rng: random.Random) -> None
                     walk(make_steps(sources, rank=rank, ranks=ranks, batching=batching, **options), count=20)
                     for rank in range(ranks)
                 ]
-                together = [sorted(sum(some, [])) for some in zip(*parts, strict=True)]
+                together = [sorted(chain.from_iterable(some)) for some in zip(*parts, strict=True)]
                 assert together == [sorted(step) for step in whole]
         for _ in range(5):
             done = rng.randrange(len(whole))
@@ -292,7 +292,7 @@ def test_a_bad_row_ends_the_run_with_its_place(launcher: str, ranks: int, tmp_pa
 
 HOLD = """
 import resource, sys
-from itertools import islice
+from itertools import chain, islice
 from shardtune.data.fields import Fields
 from shardtune.data.stream import Stream
 from shardtune.protocols import Encoded

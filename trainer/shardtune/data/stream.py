@@ -143,9 +143,8 @@ class Stream:
             if not some:
                 break
             for encoded in self._each_encoded(some):
-                noted.update(
-                    f"{name} cut to length" for name in ("source", "target") if getattr(encoded, f"{name}_cut")
-                )
+                cut = {"source cut to length": encoded.source_cut, "target cut to length": encoded.target_cut}
+                noted.update(what for what, is_so in cut.items() if is_so)
                 yield Tokens(np.asarray(encoded.source, np.int32), np.asarray(encoded.target, np.int32))
         if coming.failure is not None:
             raise coming.failure
