@@ -15,9 +15,9 @@ def main() -> None:
     for path in sys.argv[1:]:
         begun = time.monotonic()
         config = load_config(Path(path), [])
-        splits = read_texts(config) if world.is_first else None
+        corpus = read_texts(config) if world.is_first else None
         with quiet_libraries():
-            train_run(config, world, splits, sys.argv)
+            train_run(config, world, corpus, sys.argv)
         if world.is_first:
             print(f"{config.name}: {time.monotonic() - begun:.1f} s", flush=True)
     world.close()

@@ -7,26 +7,39 @@ from collections import Counter
 from pathlib import Path
 
 from shardtune.config import CausalConfig, ClassificationConfig, Config, TaskConfig
+from shardtune.data.corpus import VERSION, Corpus, load_corpus
 from shardtune.data.fields import Fields, texts
-from shardtune.data.sources import rows
+from shardtune.data.sources import identity, rows
 from shardtune.data.splits import Splits, read_splits
 from shardtune.data.stream import Mixture, read_judged
+from shardtune.data.tables import fingerprint
 from shardtune.errors import ConfigError
 
 
-def read_texts(config: Config) -> Splits:
-    """All examples of the run, as text; of a stream those that are judged.
+def read_texts(config: Config) -> Corpus:
+    """The examples of the run, or what is remembered of them if neither files nor settings have changed since.
 
     Raises DataError where a source is missing or wrong.
     """
-    data = config.data
-    fields, train = make_fields(config.task), [source.path for source in data.sources]
-    if data.streaming:
-        mixed = make_mixture(config) is not None
-        limit = config.evaluation.examples
-        return read_judged(train, data.validation, data.test, data.splits, fields, limit, mixed)
-    labels = config.task.kind == "classification"
-    return read_splits(train, data.validation, data.test, data.splits, fields, labels)
+    data, task = config.data, config.task
+    fields, train = make_fields(task), [source.path for source in data.sources]
+    labels, judged = task.kind == "classification", config.evaluation.examples
+
+    def key() -> str | None:
+        given = [source for source in (*train, data.validation, data.test) if source is not None]
+        files = [identity(source) for source in given]
+        if data.streaming or None in files:
+            return None
+        places = [len(train), data.validation is None, data.test is None]
+        return fingerprint("texts", VERSION, files, places, data.splits, dataclasses.astuple(fields), labels)
+
+    def read() -> Splits:
+        if data.streaming:
+            mixed = make_mixture(config) is not None
+            return read_judged(train, data.validation, data.test, data.splits, fields, judged, mixed)
+        return read_splits(train, data.validation, data.test, data.splits, fields, labels)
+
+    return load_corpus(key, read, labels, judged)
 
 
 def make_fields(task: TaskConfig) -> Fields:

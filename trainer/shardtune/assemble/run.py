@@ -34,7 +34,7 @@ from shardtune.assemble.parts import (
 from shardtune.assemble.steps import describe_sources, make_course, make_stream, make_stream_course
 from shardtune.config import Config
 from shardtune.config_file import dump_config
-from shardtune.data.splits import Splits
+from shardtune.data.corpus import Corpus
 from shardtune.data.tables import TokenTable, cache_folder, fingerprint, open_table, write_table
 from shardtune.errors import ConfigError, DataError, FailedElsewhere
 from shardtune.evaluation import Evaluator, Split
@@ -62,18 +62,18 @@ class Prepared:
     tables: dict[str, TokenTable]
     train_counts: list[int]
     """How many training examples are from each source."""
-    splits: Splits | None
-    """The texts, on the first rank."""
+    corpus: Corpus | None
+    """What is known of the texts, on the first rank."""
 
 
-def train_run(config: Config, world: World, splits: Splits | None, command_line: Sequence[str]) -> str:
-    """Trains and writes the run's folder; `splits` are given on the first rank. Returns what to say at the end.
+def train_run(config: Config, world: World, corpus: Corpus | None, command_line: Sequence[str]) -> str:
+    """Trains and writes the run's folder; `corpus` is given on the first rank. Returns what to say at the end.
 
     Raises ShardtuneError, each with its exit code.
     """
     folder = Path(config.runs) / config.name
     check_device(config, world)
-    prepared = prepare(config, world, splits)
+    prepared = prepare(config, world, corpus)
     skeleton = make_skeleton(config, prepared, config.model.path, config.model.weights == "pretrained")
     tuning = make_tuning(config.tuning, config.task.kind)
     with skeleton.recorder:
@@ -162,7 +162,7 @@ def train_run(config: Config, world: World, splits: Splits | None, command_line:
     return _last_words(folder, config, reporter.before_and_after(), time.monotonic() - begun)
 
 
-def prepare(config: Config, world: World, splits: Splits | None, result: Path | None = None) -> Prepared:
+def prepare(config: Config, world: World, corpus: Corpus | None, result: Path | None = None) -> Prepared:
     """Architecture, tokenizer and tokenized examples; what takes long is done once, on the first rank.
 
     With a `result`'s folder its tokenizer and labels are used, whatever the data would give today.
@@ -176,24 +176,24 @@ def prepare(config: Config, world: World, splits: Splits | None, result: Path | 
     if result is not None:
         source = str(result)
     elif newly_trained:
-        source = world.first_does("tokenizer", lambda: _trained_tokenizer(config, splits))
+        source = world.first_does("tokenizer", lambda: _trained_tokenizer(config, corpus))
     tokenizer = load_tokenizer(source, side, trust)
     fit_config(architecture, tokenizer, newly_trained)
     labels: list[str] = []
     if task_kind == "classification":
-        labels = saved_labels(result) if result is not None else world.first_does("labels", lambda: _labels(splits))
+        labels = saved_labels(result) if result is not None else world.first_does("labels", lambda: _labels(corpus))
         name_labels(architecture, labels)
     _check_positions(config, architecture)
     task = make_task(config.task, config.model.path, tokenizer, architecture, labels)
-    folders = world.first_does("tables", lambda: _tokenize(config, task, tokenizer, labels, splits))
-    train_counts = world.first_does("sources", lambda: splits.train_counts if splits is not None else [])
+    folders = world.first_does("tables", lambda: _tokenize(config, task, tokenizer, labels, corpus))
+    train_counts = world.first_does("sources", lambda: corpus.train_counts if corpus is not None else [])
     tables = {}
     for name, folder in folders.items():
         table = open_table(Path(folder))
         if table is None:
             raise DataError(f"{folder}: the tokenized {name} split is not there; do all nodes see this folder?")
         tables[name] = table
-    return Prepared(architecture, tokenizer, task, labels, tables, train_counts, splits)
+    return Prepared(architecture, tokenizer, task, labels, tables, train_counts, corpus)
 
 
 def name_labels(architecture: PreTrainedConfig, labels: Sequence[str]) -> None:
@@ -218,20 +218,20 @@ def evaluated_splits(prepared: Prepared, limit: int) -> list[Split]:
     for name in ("validation", "test"):
         table = prepared.tables.get(name)
         if table is not None and len(table):
-            texts: list[Text] = getattr(prepared.splits, name) if prepared.splits is not None else []
+            texts = prepared.corpus.judged[name] if prepared.corpus is not None else []
             found.append(Split(name, table, min(len(table), limit), texts))
     return found
 
 
-def _trained_tokenizer(config: Config, splits: Splits | None) -> str:
-    assert splits is not None
+def _trained_tokenizer(config: Config, corpus: Corpus | None) -> str:
+    assert corpus is not None
     assert config.model.tokenizer is not None
     pieces = int(config.model.tokenizer.removeprefix("train:"))
-    key = fingerprint("tokenizer", 1, splits.fingerprint, pieces, config.task.kind)
+    key = fingerprint("tokenizer", 1, corpus.fingerprint, pieces, config.task.kind)
     folder = cache_folder() / "tokenizers" / key
     if not (folder / "tokenizer.json").exists():
         partial = folder.with_name(f"{key}.{os.getpid()}")
-        texts = [text for example in splits.train for text in (example.source, example.target)]
+        texts = [text for example in corpus.splits().train for text in (example.source, example.target)]
         train_tokenizer(texts, pieces, config.task.kind, partial)
         if folder.exists():
             return str(folder)
@@ -239,9 +239,9 @@ def _trained_tokenizer(config: Config, splits: Splits | None) -> str:
     return str(folder)
 
 
-def _labels(splits: Splits | None) -> list[str]:
-    assert splits is not None
-    labels = sorted({text.target for text in splits.train})
+def _labels(corpus: Corpus | None) -> list[str]:
+    assert corpus is not None
+    labels = corpus.labels
     if len(labels) < 2:
         raise DataError(f"every training example has the label {labels[0]!r}; there is nothing to tell apart")
     return labels
@@ -274,18 +274,18 @@ def _check_positions(config: Config, architecture: PreTrainedConfig) -> None:
 
 
 def _tokenize(
-    config: Config, task: Task, tokenizer: PreTrainedTokenizerBase, labels: list[str], splits: Splits | None
+    config: Config, task: Task, tokenizer: PreTrainedTokenizerBase, labels: list[str], corpus: Corpus | None
 ) -> dict[str, str]:
     """Token tables of all splits, from the cache where they are there. Split -> folder."""
-    assert splits is not None
+    assert corpus is not None
     settings = config.task.model_dump(include={"kind", "max_source_tokens", "max_target_tokens", "text"})
     folders = {}
     tokenizer_identity = identity(tokenizer)  # before tokenizing, which leaves its settings in the tokenizer
     for name in ("validation", "test") if config.data.streaming else ("train", "validation", "test"):
-        texts: list[Text] = getattr(splits, name)
-        key = fingerprint("tokens", 1, splits.fingerprint, name, settings, labels, tokenizer_identity)
+        key = fingerprint("tokens", 1, corpus.fingerprint, name, settings, labels, tokenizer_identity)
         folder = cache_folder() / "tokens" / key
         if open_table(folder) is None:
+            texts: list[Text] = getattr(corpus.splits(), name)
             pieces = (texts[start : start + ENCODED_AT_ONCE] for start in range(0, len(texts), ENCODED_AT_ONCE))
             write_table(folder, (encoded for piece in pieces for encoded in task.encode(piece)))
         folders[name] = str(folder)
@@ -314,7 +314,7 @@ def _facts(config: Config, world: World, prepared: Prepared, skeleton: Skeleton,
         cut = [f"{n:,} {what}" for n, what in ((table.source_cut, "sources"), (table.target_cut, "targets")) if n]
         if cut:
             lines.append(f"cut to length in {name}: {' and '.join(cut)} of {len(table):,}")
-    dropped = prepared.splits.dropped if prepared.splits is not None else {}
+    dropped = prepared.corpus.dropped if prepared.corpus is not None else {}
     if dropped:
         lines.append(f"left out or noted: {_counted(dropped)}")
     if skeleton.new_parameters:

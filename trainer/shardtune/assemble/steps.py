@@ -30,15 +30,20 @@ class Course(NamedTuple):
 
 def make_course(config: Config, world: World, task: Task, table: TokenTable, counts: Sequence[int]) -> Course:
     """The steps over a table of examples, of which so many are from each source."""
-    batch = config.batch
-    per_step = batch.examples or TokenLimit(batch.tokens or 1, table.lengths.sum(axis=1))
-    order = Order(len(table), per_step, config.seed, config.data.shuffle, portions(config.data.sources, table, counts))
+    batch, order = config.batch, make_order(config, table, counts)
     total_steps = config.duration.steps
     if total_steps is None:
         total_steps = order.total_steps(config.duration.epochs or 1)
     batching = BATCHINGS[config.data.batching]()
     steps = Steps(table, order, batching, task.collate, world.rank, world.size, make_budget(batch))
     return Course(prefetched(config, world, steps, total_steps), total_steps, order.examples_of)
+
+
+def make_order(config: Config, table: TokenTable, counts: Sequence[int]) -> Order:
+    """Which examples make which step."""
+    per_step = config.batch.examples or TokenLimit(config.batch.tokens or 1, table.lengths.sum(axis=1))
+    sources = portions(config.data.sources, table, counts)
+    return Order(len(table), per_step, config.seed, config.data.shuffle, sources)
 
 
 def make_stream(config: Config, task: Task) -> Stream:

@@ -38,6 +38,27 @@ def rows(spec: str, split: str, stream: bool = False) -> Iterator[Row]:
         raise DataError(f"{spec}: cannot be read: {error.strerror or error}") from error
 
 
+def identity(spec: str) -> list[tuple[str, int, int]] | None:
+    """Path, size in bytes and time of change in ns of each file of a source: as long as they stay, so does the content.
+
+    None where it has no files of its own (the hub, docs:python), or they cannot be listed.
+    """
+    path, (folder, _, _) = Path(spec).expanduser(), spec.rpartition(":")
+    try:
+        if not path.exists() and glob.has_magic(spec) and not HUB_ID.fullmatch(spec):
+            files = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+        elif not path.exists() and folder:
+            path = Path(folder).expanduser()
+            files = [path] if path.is_dir() else []
+        else:
+            files = [path] if path.exists() else []
+        files = [file for path in files for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+        found = [(str(file.resolve()), file.stat()) for file in files if file.is_file()]
+    except OSError:
+        return None
+    return [(spec, 0, 0), *((name, stat.st_size, stat.st_mtime_ns) for name, stat in found)] if found else None
+
+
 def _stored(spec: str, split: str, stream: bool) -> Iterator[Row]:
     path = Path(spec).expanduser()
     folder, _, named = spec.rpartition(":")
