@@ -221,6 +221,30 @@ def test_what_is_judged_are_the_first_of_each_split(tmp_path: Path) -> None:
     assert all(split_of(text, shares) == "train" for text in splits.train)
 
 
+def test_streams_of_every_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    made = [{"text": f"{n} word", "summary": str(n)} for n in range(30)]
+    write_rows(tmp_path / "a.jsonl", made[:10])
+    (tmp_path / "b.csv").write_text("text,summary\n" + "".join(f"{r['text']},{r['summary']}\n" for r in made[10:20]))
+    pq.write_table(pa.Table.from_pylist(made[20:]), tmp_path / "c.parquet")
+    assert [n for step in walk(make_steps([str(tmp_path / "*.*")], block=None)) for n in step] == list(range(30))
+
+    def load_dataset(path: str, config: str | None, split: str, streaming: bool) -> datasets.IterableDataset:
+        assert (path, config, split, streaming) == ("owner/name", None, "train", True)
+        return datasets.IterableDataset.from_generator(lambda: iter(made))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert [n for step in walk(make_steps(["owner/name"], block=None)) for n in step] == list(range(30))
+    (tmp_path / "d.json").write_text(json.dumps(made))
+    with pytest.raises(
+        DataError, match=r"d\.json: a \.json file can only be read whole; to stream it, make"
+    ):
+        walk(make_steps([str(tmp_path / "*.*")], block=None))
+
+
 def test_conflicts(tmp_path: Path) -> None:
     for options, problem in (
         ({"duration": {"epochs": 1}}, "duration.steps: a stream's length is not known"),
