@@ -239,9 +239,7 @@ def test_streams_of_every_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert [n for step in walk(make_steps(["owner/name"], block=None)) for n in step] == list(range(30))
     (tmp_path / "d.json").write_text(json.dumps(made))
-    with pytest.raises(
-        DataError, match=r"d\.json: a \.json file can only be read whole; to stream it, make"
-    ):
+    with pytest.raises(DataError, match=r"d\.json: a \.json file can only be read whole; to stream it, make"):
         walk(make_steps([str(tmp_path / "*.*")], block=None))
 
 
