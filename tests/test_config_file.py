@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from shardtune.aliases import ALIASES
-from shardtune.config import CausalConfig, ClassificationConfig, Config, LoraConfig, Seq2SeqConfig, conflicts
+from shardtune.config import CausalConfig, ClassificationConfig, Config, LoraConfig, Seq2SeqConfig
 from shardtune.config_file import NOT_YET, dump_config, keys_of, load_config
+from shardtune.conflicts import conflicts
 from shardtune.errors import ConfigError
 
 BASE = "model: {path: a/b}\ntask: {kind: seq2seq, source: s, target: t}\ndata: {train: x.jsonl}\n"
@@ -404,6 +405,8 @@ def random_config(rng: random.Random) -> Config:
     def one(info: dict[str, Any]) -> Any:
         if "oneOf" in info:
             info = rng.choice(info["oneOf"])
+        if info.get("items", {}).get("oneOf"):
+            return [one(info["items"]) for _ in range(rng.randint(1, 3))]
         return section(schema["$defs"][info["$ref"].rpartition("/")[2]]) if "$ref" in info else random_value(info, rng)
 
     values = section(schema)
@@ -432,6 +435,15 @@ def random_config(rng: random.Random) -> Config:
     if rng.random() < 0.5:
         values["data"]["splits"] = rng.choice([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0], [0.9, 0, 0.1]])
     values["duration"] = rng.choice([{"epochs": 0.1}, {"epochs": 3}, {"steps": 0}, {"steps": 7}])
+    sources = values["data"]["train"]
+    if isinstance(sources, list):
+        kind = rng.choice(["path", "weight", "tokens"])
+        shares = {"path": {}, "weight": {"weight": rng.choice([2, 0.5])}, "tokens": {"tokens": 1 / len(sources)}}
+        paths = [rng.choice(STRINGS) for _ in sources]
+        values["data"]["train"] = paths if kind == "path" else [{"path": path, **shares[kind]} for path in paths]
+    trains_tokenizer = str(values["model"].get("tokenizer")).startswith("train:")
+    if task["kind"] == "classification" or "steps" not in values["duration"] or trains_tokenizer:
+        values["data"].pop("streaming", None)
     values["batch"] = rng.choice([{}, {"examples": 7}, {"tokens": 500}, {"examples": None, "tokens": 9}])
     values["batch"] |= rng.choice([{}, {"micro_examples": 3}, {"micro_tokens": 64}])
     if values["data"].get("batching") == "packed":

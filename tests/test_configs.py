@@ -145,7 +145,7 @@ def test_every_key_is_described_and_in_the_tables(json_schema: dict[str, Any]) -
             described = json_schema["$defs"][info["$ref"].rpartition("/")[2]] if "$ref" in info else info
             assert described.get("description", "").endswith("."), f"{name}.{key} has no description"
             assert "title" not in info or isinstance(info["title"], dict)
-            assert re.search(rf"`(\w+\.)?{key}`|### {key}\n", tables), f"{name}.{key} is in no table"
+            assert re.search(rf"`(\w+\.)*{key}`|### {key}\n", tables), f"{name}.{key} is in no table"
             seen += 1
     assert seen > 60
 
@@ -153,7 +153,7 @@ def test_every_key_is_described_and_in_the_tables(json_schema: dict[str, Any]) -
 def test_data_of_the_hub_is_recognized(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a split is a slice, whose brackets could be those of a glob."""
     asked: list[tuple[str, str]] = []
-    monkeypatch.setattr(sources, "read_hub", lambda spec, split: asked.append((spec, split)) or iter(()))
+    monkeypatch.setattr(sources, "read_hub", lambda spec, split, stream: asked.append((spec, split)) or iter(()))
     wanted = []
     for path in SHIPPED:
         data = load_config(path, []).data

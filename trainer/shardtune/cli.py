@@ -113,6 +113,11 @@ def _parser() -> Parser:
     )
     verify.set_defaults(run=_verify_layout, command=verify)
 
+    prepare = commands.add_parser("prepare", help="read, check and tokenize the data before a run, and describe it")
+    _add_config(prepare)
+    prepare.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks to tell the padding of (default: 1)")
+    prepare.set_defaults(run=_prepare, command=prepare)
+
     doctor = commands.add_parser("doctor", help="what this machine can run, and what is missing")
     doctor.set_defaults(run=_doctor)
     return parser
@@ -177,14 +182,14 @@ def _train_here(options: argparse.Namespace, config: Config | None = None) -> in
                 print(f"  it was trained with {change}")
             print("Give checkpoint.resume=never to set it aside and start anew, or another name.")
         return 0
-    splits = read_texts(config) if ranks == 1 else None
+    corpus = read_texts(config) if ranks == 1 else None
     world = join_world()
     with world.others_may_end():
         if ranks > 1:
             # After joining, so that all ranks leave with the same code if the data is wrong.
             read: list[Any] = []
             world.first_does("texts", lambda: read.append(read_texts(config)))
-            splits = read[0] if read else None
+            corpus = read[0] if read else None
         old = world.first_does("folder", lambda: _moved(set_aside(folder)))
         if old and world.is_first:
             print(f"{folder}: what was there is now in {old}", file=sys.stderr)
@@ -192,7 +197,7 @@ def _train_here(options: argparse.Namespace, config: Config | None = None) -> in
         from shardtune.assemble.run import quiet_libraries, train_run
 
         with quiet_libraries():
-            last_words = train_run(config, world, splits, sys.argv)
+            last_words = train_run(config, world, corpus, sys.argv)
         if world.is_first:
             print(last_words, flush=True)
     world.close()  # not after an error: it would wait for collectives that will never end
@@ -233,10 +238,24 @@ def _evaluate(options: argparse.Namespace) -> int:
     config = _config(options)
     from shardtune.assemble.data import read_texts
 
-    splits = read_texts(config)
+    corpus = read_texts(config)
     from shardtune.assemble.trained import evaluate
 
-    print(evaluate(config, splits, options.checkpoint, options.split))
+    print(evaluate(config, corpus, options.checkpoint, options.split))
+    return 0
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    config = _config(options)
+    if options.ranks < 1:
+        raise ConfigError(f"command line --ranks: {options.ranks} is not 1 or more")
+    from shardtune.assemble.data import check_model_path, read_texts
+
+    check_model_path(config)
+    corpus = read_texts(config)
+    from shardtune.assemble.prepare import prepare_data
+
+    print(prepare_data(config, corpus, options.ranks))
     return 0
 
 

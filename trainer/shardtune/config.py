@@ -1,14 +1,14 @@
-"""The config's types: every key, its default, its unit, and which combinations cannot work.
+"""The config's types: every key, its default and its unit.
 
-The file format (YAML, overrides, errors with their lines) is in `config_file.py`.
+The file format (YAML, overrides, errors with their lines) is in `config_file.py`, what cannot go together in
+`conflicts.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -110,12 +110,48 @@ class ClassificationConfig(TaskSection):
 TaskConfig = Annotated[Seq2SeqConfig | CausalConfig | ClassificationConfig, Field(discriminator="kind")]
 
 
+Path = Annotated[str, Field(min_length=1)]
+
+
+class SourceConfig(Section):
+    """One of several sources, and how much of it is trained on: exactly one of `weight` and `tokens`."""
+
+    path: Path
+    """Like `data.train`: a file, a glob, a folder, a hub id, or docs:python."""
+    weight: Annotated[float, Field(gt=0.0)] | None = None
+    """How often an epoch visits each of its examples: 2 is twice, 0.5 every other epoch. Of a stream: its part of the
+    examples, beside the weights of the others."""
+    tokens: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Its share of the tokens that are trained on; the shares of all sources add up to 1."""
+
+
+# Which member of a union the user means. No key is written in <>, so messages can leave these tags out.
+
+
+def _train_form(value: object) -> str:
+    return "<list>" if isinstance(value, list) else "<text>"
+
+
+def _source_form(value: object) -> str:
+    return "<section>" if isinstance(value, dict | SourceConfig) else "<text>"
+
+
+Source = Annotated[
+    Annotated[Path, Tag("<text>")] | Annotated[SourceConfig, Tag("<section>")],
+    Discriminator(_source_form),
+]
+
+
 class DataConfig(Section):
     """Where the examples come from, and how they are batched."""
 
-    train: Annotated[str, Field(min_length=1)]
-    """File or glob (.jsonl .json .csv .parquet), a folder saved by `datasets`, a hub id
-    (owner/name[@config][:split]), or docs:python."""
+    train: Annotated[
+        Annotated[Path, Tag("<text>")] | Annotated[list[Source], Field(min_length=1), Tag("<list>")],
+        Discriminator(_train_form),
+    ]
+    """File or glob (.jsonl .json .csv .parquet), a folder saved by `datasets`, a hub id (owner/name[@config][:split]),
+    or docs:python. A list of these is read one after the other; with a weight or a share of tokens each, they are
+    mixed."""
     validation: str | None = None
     """Like `train`; null: a share of the training data (see `splits`)."""
     test: str | None = None
@@ -128,6 +164,19 @@ class DataConfig(Section):
     micro-batch is one row of examples without padding, each of which attends to itself only."""
     shuffle: bool = True
     """A new order each epoch, drawn from `seed`. false: step k takes the next rows in file order."""
+    streaming: bool = False
+    """Read, check and tokenize the training data while training, and keep nothing of it: for data larger than memory,
+    in .jsonl, .csv or .parquet files or on the hub."""
+    shuffle_buffer: Positive = 10_000
+    """Of a stream, so many examples in a row are shuffled among themselves."""
+    prefetch: Annotated[int, Field(ge=0)] = 2
+    """Steps that are prepared ahead while one is computed; 0: each when it is needed."""
+
+    @property
+    def sources(self) -> list[SourceConfig]:
+        """What `train` names, as a list."""
+        given = [self.train] if isinstance(self.train, str) else self.train
+        return [SourceConfig(path=source) if isinstance(source, str) else source for source in given]
 
 
 BATCH_SIZES = (("examples", "tokens"), ("micro_examples", "micro_tokens"))
@@ -315,70 +364,3 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
     kernels: KernelsConfig = KernelsConfig()
-
-
-def conflicts(config: Config) -> Iterator[tuple[str, str]]:
-    """Combinations of valid values that cannot work: pairs of (key, what is wrong with it)."""
-    task, model = config.task, config.model
-    inputs = {"seq2seq": ["source"], "causal": ["source", "text", "messages"], "classification": ["text"]}[task.kind]
-    given = [key for key in [*inputs, "prompt"] if getattr(task, key) is not None]
-    wanted = " or ".join(f"task.{key}" for key in [*inputs, "prompt"])
-    if len(given) != 1:
-        problem = "give one, not " + " and ".join(f"task.{key}" for key in given) if given else "none is given"
-        yield f"task.{given[-1]}" if given else "task", f"the input comes from exactly one of {wanted}; {problem}"
-    if isinstance(task, CausalConfig):
-        if task.text is not None and task.target is not None:
-            yield "task.target", "task.text already holds the whole text; leave task.target out"
-        if task.messages is not None and task.target is not None:
-            yield "task.target", "task.messages already holds the assistant's turns; leave task.target out"
-        if task.text is None and task.messages is None and task.target is None:
-            yield "task", "task.target is missing (or give task.text: the loss is then on all of it)"
-        for key in ("tools", "template"):
-            if task.messages is None and getattr(task, key) is not None:
-                yield f"task.{key}", "only with task.messages"
-        if task.messages is not None and task.max_source_tokens < 2:
-            yield "task.max_source_tokens", "a conversation needs at least 2 tokens, one to read and one to learn"
-    if config.data.validation is None and config.data.test is None and abs(sum(config.data.splits) - 1) > 1e-6:
-        yield "data.splits", f"the shares add up to {sum(config.data.splits):g}, not to 1"
-    if config.data.splits[0] == 0.0:
-        yield "data.splits", "the share of the training examples, the first, cannot be 0"
-    for examples, tokens in BATCH_SIZES:
-        given = [key for key in (examples, tokens) if getattr(config.batch, key) is not None]
-        if len(given) != 1:
-            yield f"batch.{tokens}", f"give exactly one of batch.{examples} and batch.{tokens}"
-    if config.data.batching == "packed":
-        if task.kind == "classification":
-            yield "data.batching", "classifiers give one label a row, so texts cannot share one; use grouped"
-        if model.attention in ("eager", "flex_attention"):
-            yield (
-                "model.attention",
-                f"{model.attention} does not keep packed examples apart; use auto, sdpa or flash_attention_2",
-            )
-    if (config.duration.epochs is None) == (config.duration.steps is None):
-        yield "duration", "give exactly one of duration.epochs and duration.steps"
-    if model.tokenizer and model.tokenizer.startswith("train:"):
-        pieces = model.tokenizer.removeprefix("train:")
-        if not (pieces.isascii() and pieces.isdigit()) or int(pieces) < 300:
-            yield "model.tokenizer", "train:N needs a whole number N of pieces, at least 300 (256 are the bytes)"
-        if model.weights == "pretrained":
-            yield (
-                "model.tokenizer",
-                "a newly trained tokenizer does not fit pretrained weights; use model.weights: random",
-            )
-    if config.model.layers is not None and isinstance(config.tuning, LoraConfig):
-        yield "model.layers", "an adapter is loaded beside the whole model; use tuning.method: full or freeze"
-    if config.model.layers is not None and not config.model.layers:
-        yield "model.layers", "keep at least one layer, or leave the key out to keep all"
-    if config.evaluation.metrics is not None:
-        for_labels = {"accuracy", "macro_f1"}
-        for_texts = {"rouge", "bleu", "chrf", "exact_match"}
-        names = set(config.evaluation.metrics)
-        if task.kind == "classification" and names - for_labels - {"perplexity"}:
-            yield "evaluation.metrics", f"{', '.join(sorted(names - for_labels))}: classification has labels, no texts"
-        if task.kind != "classification" and names & for_labels:
-            yield "evaluation.metrics", f"{', '.join(sorted(names & for_labels))}: only for task.kind: classification"
-        if isinstance(task, CausalConfig) and task.text is not None and names & for_texts:
-            yield (
-                "evaluation.metrics",
-                f"{', '.join(sorted(names & for_texts))}: only with a target; task.text has none",
-            )

@@ -15,7 +15,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from shardtune.aliases import ALIASES
-from shardtune.config import BATCH_SIZES, Config, conflicts
+from shardtune.config import BATCH_SIZES, Config, DataConfig, SourceConfig
+from shardtune.conflicts import conflicts
 from shardtune.errors import ConfigError
 
 COMMAND_LINE = "command line"
@@ -137,13 +138,24 @@ def _without_wrong_values(values: dict[str, Any], details: list[ErrorDetails]) -
         *sections, last = _without_tags(detail["loc"])
         inner: Any = values
         for part in sections:
-            inner = inner.get(part) if isinstance(inner, dict) else None
+            inner = _inside(inner, part)
         if isinstance(inner, dict):
             inner.pop(last, None)
     try:
         return Config.model_validate(values)
     except ValidationError:
         return None
+
+
+def _inside(value: Any, name: str) -> Any:
+    """What a section has under a key, or a list at an index; None where there is nothing."""
+    if isinstance(value, list):
+        return value[int(name)] if name.isdecimal() and int(name) < len(value) else None
+    return value.get(name) if isinstance(value, dict) else None
+
+
+def _put(section: Any, name: str, value: Any) -> None:
+    section[int(name) if isinstance(section, list) else name] = value
 
 
 def _read_file(path: Path, source: Source) -> None:
@@ -208,11 +220,16 @@ def _apply_override(override: str, source: Source) -> None:
     except NOT_YAML as error:
         source.problems.append(f"{COMMAND_LINE} {key}: the value is not valid YAML: {_what_is_wrong(error)}")
         return
-    section = source.values
+    section: Any = source.values
     for depth, name in enumerate(path[:-1], 1):
-        inner = section.get(name)
-        if not isinstance(inner, dict):
-            inner = section[name] = {}
+        inner = _inside(section, name)
+        if isinstance(section, list) and inner is None:
+            index = ".".join(path[:depth])
+            source.problems.append(f"{COMMAND_LINE} {key}: there is no {index}; the list has {len(section)} items")
+            return
+        if not isinstance(inner, dict) and not (isinstance(inner, list) and path[depth].isdecimal()):
+            inner = {}
+            _put(section, name, inner)
             source.places[path[:depth]] = COMMAND_LINE
         section = inner
     # Another length or method replaces the file's choice, with the options of its method, instead of joining it.
@@ -224,7 +241,10 @@ def _apply_override(override: str, source: Source) -> None:
             for name in pair if path[1] in pair else ():
                 if source.places.get(("batch", name)) != COMMAND_LINE:
                     section.pop(name, None)
-    section[path[-1]] = value
+    if isinstance(section, list) and int(path[-1]) >= len(section):
+        source.problems.append(f"{COMMAND_LINE} {key}: the list has {len(section)} items, counted from 0")
+        return
+    _put(section, path[-1], value)
     for known in [known for known in source.places if known[: len(path)] == path]:
         del source.places[known]
     source.places[path] = COMMAND_LINE
@@ -261,7 +281,8 @@ def _explain(detail: ErrorDetails, source: Source) -> None:
         message = f"{_show(given)} should be letters, digits, '.', '_' and '-', beginning with a letter or a digit"
     elif kind in {"too_short", "too_long"}:
         count = context.get("min_length", context.get("max_length"))
-        message = f"should be a list of {count}, not {_show(given)}"
+        least = "at least " if key == ("data", "train") else ""
+        message = f"should be a list of {least}{count}, not {_show(given)}"
     elif kind in {"model_type", "model_attributes_type", "dict_type"}:
         message = f"expects a section of keys, not {_show(given)}"
     else:
@@ -287,7 +308,7 @@ def _not_one_of(given: object, allowed: list[Any]) -> str:
 
 def _without_tags(location: tuple[int | str, ...]) -> tuple[str, ...]:
     """pydantic puts the value of a discriminator into the location; keys of the file do not have it."""
-    parts = [str(part) for part in location]
+    parts = [str(part) for part in location if not (isinstance(part, str) and re.fullmatch("<.*>", part))]
     if len(parts) > 1 and parts[0] in {"task", "tuning"}:
         del parts[1]
     return tuple(parts)
@@ -323,10 +344,14 @@ def keys_of(model: type[BaseModel], values: dict[str, Any], prefix: str = "") ->
         found.append(prefix + name)
         chosen = info.annotation
         given = values.get(name) if isinstance(values, dict) else None
-        if info.discriminator:
+        if (model, name) == (DataConfig, "train") and isinstance(given, list):
+            for index in range(len(given)):
+                found += keys_of(SourceConfig, {}, f"{prefix}{name}.{index}.")
+            continue
+        if isinstance(info.discriminator, str):
             tag = given.get(info.discriminator) if isinstance(given, dict) else None
             variants = [v for v in get_args(chosen) if issubclass(v, BaseModel)]
-            matching = [v for v in variants if tag in get_args(v.model_fields[str(info.discriminator)].annotation)]
+            matching = [v for v in variants if tag in get_args(v.model_fields[info.discriminator].annotation)]
             chosen = (matching or variants)[0]
         if isinstance(chosen, type) and issubclass(chosen, BaseModel):
             found += keys_of(chosen, given if isinstance(given, dict) else {}, f"{prefix}{name}.")

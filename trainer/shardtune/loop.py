@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from shardtune.data.steps import Steps
+from shardtune.data.steps import StepSource
 from shardtune.errors import NumbersError
 from shardtune.protocols import Strategy, Task
 from shardtune.state import TrainingState
@@ -31,7 +31,7 @@ class StepReport(NamedTuple):
 def train(
     state: TrainingState,
     total_steps: int,
-    steps: Steps,
+    steps: StepSource,
     task: Task,
     strategy: Strategy,
     world: World,

@@ -86,6 +86,11 @@ class Batch:
         documents = self.documents.to(device) if self.documents is not None else None
         return replace(self, inputs=inputs, labels=self.labels.to(device, non_blocking=True), documents=documents)
 
+    def pin(self) -> Batch:
+        """The same batch in memory from which a GPU copies while it computes."""
+        inputs = {name: value.pin_memory() for name, value in self.inputs.items()}
+        return replace(self, inputs=inputs, labels=self.labels.pin_memory())
+
     def blank(self) -> Batch:
         """The same shapes with nothing to learn: for a rank that has no examples while others compute."""
         return replace(self, labels=self.labels.new_full(self.labels.shape, IGNORED), tokens=0, targets=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ class Reporter:
         world: World,
         state: TrainingState,
         total_steps: int,
-        examples_per_epoch: int,
+        examples_of: Callable[[int], int | None],
         every: int,
         evaluate_every: int,
         tensorboard: bool,
@@ -37,11 +37,12 @@ class Reporter:
         splits: Sequence[Split],
         settings: dict[str, object],
     ) -> None:
-        """`every`: steps between training lines; `evaluate_every`: between evaluations of the first split."""
+        """`examples_of`: how many examples an epoch visits, by its number, or None where that is not known before.
+        `every`: steps between training lines; `evaluate_every`: between evaluations of the first split."""
         self._world = world
         self._state = state
         self._total_steps = total_steps
-        self._examples_per_epoch = examples_per_epoch
+        self._examples_of = examples_of
         self._every = every
         self._evaluate_every = evaluate_every
         self._evaluator = evaluator
@@ -77,7 +78,7 @@ class Reporter:
         state = self._state
         line = {
             "step": state.step,
-            "epoch": round(state.epochs(self._examples_per_epoch), 6),
+            "epoch": round(state.epochs(self._examples_of(state.epoch)), 6),
             "loss": report.loss,
             "lr": report.lr,
             "grad_norm": report.grad_norm,

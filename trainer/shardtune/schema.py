@@ -35,11 +35,11 @@ def key_tables() -> str:
         if "discriminator" not in info:
             section = definitions[_name(info)]
             meaning, default = _one_line(section["description"]), info.get("default", {})
-            parts += [
-                f"### {name}",
-                meaning,
-                _table(f"{name}.", section["properties"], section.get("required", []), default),
-            ]
+            table = _table(f"{name}.", section["properties"], section.get("required", []), default)
+            for key, inner in section["properties"].items():
+                for item in (definitions[_name(ref)] for ref in _sections_in(inner)):
+                    table += "\n" + "\n".join(_rows(f"{name}.{key}.N.", item["properties"], item["required"], {}))
+            parts += [f"### {name}", meaning, table]
             continue
         meaning, choice = _one_line(info["description"]), info["discriminator"]["propertyName"]
         variants = {tag: definitions[_name({"$ref": ref})] for tag, ref in info["discriminator"]["mapping"].items()}
@@ -91,19 +91,28 @@ def _rows(prefix: str, keys: dict[str, Schema], required: list[str], defaults: S
 
 
 def _type(schema: Schema) -> str:
-    if "anyOf" in schema:
-        return " or ".join(_type(option) for option in schema["anyOf"])
+    if "anyOf" in schema or "oneOf" in schema:
+        return " or ".join(_type(option) for option in schema.get("anyOf") or schema["oneOf"])
+    if "$ref" in schema:
+        return "section"
     if "const" in schema:
         return _value(schema["const"])
     if "enum" in schema:
         return " \\| ".join(schema["enum"])
     if schema["type"] == "array":
         fixed = schema.get("minItems") if schema.get("minItems") == schema.get("maxItems") else None
-        return f"list of {f'{fixed} × ' if fixed else ''}{_type(schema['items'])}"
+        items = _type(schema["items"])
+        return f"list of {f'{fixed} × ' if fixed else ''}{f'({items})' if ' or ' in items else items}"
     name: str = {"integer": "whole number", "boolean": "true \\| false"}.get(schema["type"], str(schema["type"]))
     limits = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     shown = [f"{sign} {_number(schema[key])}" for key, sign in limits.items() if key in schema]
     return " ".join([name, ", ".join(shown)]).strip()
+
+
+def _sections_in(schema: Schema) -> list[Schema]:
+    """References to the sections that the items of a list may be."""
+    options = schema.get("oneOf", [])
+    return [item for option in options for item in option.get("items", {}).get("oneOf", []) if "$ref" in item]
 
 
 def _number(value: float) -> str:

@@ -20,6 +20,11 @@ class TrainingState:
     """Source and target tokens that are not padding."""
     target_tokens: int = 0
 
-    def epochs(self, examples_per_epoch: int) -> float:
-        """Passes over the training data, with the fraction of the one under way."""
-        return self.epoch + self.cursor / examples_per_epoch
+    def epochs(self, examples: int | None) -> float:
+        """Passes over the training data, with the fraction of the one under way, which visits `examples`.
+
+        None: that is not known; then it is taken to be as long as those before, and the first one has no fraction.
+        """
+        if examples is None:
+            examples = (self.examples - self.cursor) // self.epoch if self.epoch else None
+        return self.epoch + (min(self.cursor / examples, 1.0) if examples else 0.0)

@@ -2,31 +2,63 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 
-from shardtune.config import CausalConfig, ClassificationConfig, Config
+from shardtune.config import CausalConfig, ClassificationConfig, Config, TaskConfig
 from shardtune.conversations import Conversation, to_text
+from shardtune.data.corpus import VERSION, Corpus, load_corpus
 from shardtune.data.fields import Fields, questions, texts
-from shardtune.data.sources import rows
+from shardtune.data.sources import identity, rows
 from shardtune.data.splits import Splits, read_splits
+from shardtune.data.stream import Mixture, read_judged
+from shardtune.data.tables import fingerprint
 from shardtune.errors import ConfigError
 
 
-def read_texts(config: Config) -> Splits:
-    """All examples of the run, as text.
+def read_texts(config: Config) -> Corpus:
+    """The examples of the run, or what is remembered of them if neither files nor settings have changed since.
 
     Raises DataError where a source is missing or wrong.
     """
-    task, data = config.task, config.data
+    data, task = config.data, config.task
+    fields, train = make_fields(task), [source.path for source in data.sources]
+    labels, judged = task.kind == "classification", config.evaluation.examples
+
+    def key() -> str | None:
+        given = [source for source in (*train, data.validation, data.test) if source is not None]
+        files = [identity(source) for source in given]
+        if data.streaming or None in files:
+            return None
+        places = [len(train), data.validation is None, data.test is None]
+        return fingerprint("texts", VERSION, files, places, data.splits, dataclasses.astuple(fields), labels)
+
+    def read() -> Splits:
+        if data.streaming:
+            mixed = make_mixture(config) is not None
+            return read_judged(train, data.validation, data.test, data.splits, fields, judged, mixed)
+        return read_splits(train, data.validation, data.test, data.splits, fields, labels)
+
+    return load_corpus(key, read, labels, judged)
+
+
+def make_fields(task: TaskConfig) -> Fields:
+    """Which fields of a row make an example."""
     if isinstance(task, ClassificationConfig):
-        fields = Fields(input=task.text, prompt=task.prompt, target=task.label)
-    elif isinstance(task, CausalConfig):
-        fields = Fields(task.text or task.source, task.prompt, task.target, task.messages, task.tools)
-    else:
-        fields = Fields(input=task.source, prompt=task.prompt, target=task.target)
-    labels = task.kind == "classification"
-    return read_splits(data.train, data.validation, data.test, data.splits, fields, labels)
+        return Fields(input=task.text, prompt=task.prompt, target=task.label)
+    if isinstance(task, CausalConfig):
+        return Fields(task.text or task.source, task.prompt, task.target, task.messages, task.tools)
+    return Fields(input=task.source, prompt=task.prompt, target=task.target)
+
+
+def make_mixture(config: Config) -> Mixture | None:
+    """How the sources of a stream are mixed; None where one comes after the other."""
+    sources = config.data.sources
+    parts = [source.tokens or source.weight or 0.0 for source in sources]
+    if not sum(parts):
+        return None
+    return Mixture([part / sum(parts) for part in parts], of_tokens=sources[0].tokens is not None)
 
 
 def check_model_path(config: Config) -> None:
@@ -54,10 +86,7 @@ def read_sources(config: Config, path: Path) -> list[str]:
     task = config.task
     if isinstance(task, CausalConfig) and task.messages is not None:
         return list(questions(rows(str(path), "test"), task.messages, task.tools))
-    field = task.text if isinstance(task, ClassificationConfig) else task.source
-    if isinstance(task, CausalConfig):
-        field = task.text or task.source
-    fields = Fields(input=field, prompt=task.prompt, target=None)
+    fields = dataclasses.replace(make_fields(config.task), target=None)
     return [text.source for text in texts(rows(str(path), "test"), fields, labels=False, dropped=Counter())]
 
 

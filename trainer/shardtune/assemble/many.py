@@ -31,9 +31,9 @@ def train_many(files: Sequence[str]) -> int:
         log.parent.mkdir(parents=True, exist_ok=True)
         out = log.open("w", encoding="utf-8") if world.is_first else contextlib.nullcontext(sys.stderr)
         with out as stream, contextlib.redirect_stderr(stream):
-            splits = read_texts(config) if world.is_first else None
+            corpus = read_texts(config) if world.is_first else None
             with quiet_libraries():
-                train_run(config, world, splits, sys.argv)
+                train_run(config, world, corpus, sys.argv)
         if world.is_first:
             sys.stdout.write(f"[{number}/{len(files)}] {config.name}: {time.monotonic() - begun:.1f} s\n")
             sys.stdout.flush()

@@ -27,7 +27,6 @@ from shardtune.layers import layer_names
 from shardtune.model.skeleton import keeps_logits
 from shardtune.model.tokenizer import decoder_start
 from shardtune.protocols import Batching, Budget, Strategy, Task, Tuning
-from shardtune.strategy.fsdp2 import Fsdp2
 from shardtune.strategy.replicated import Replicated
 from shardtune.strategy.zero import Zero
 from shardtune.task.causal import Causal
@@ -99,6 +98,8 @@ def make_strategy(kind: str, model: nn.Module, world: World, compute_dtype: torc
     if kind in ("single", "ddp"):
         return Replicated(world, compute_dtype)
     if kind == "fsdp2":
+        from shardtune.strategy.fsdp2 import Fsdp2  # takes half a second to import
+
         return Fsdp2(world, compute_dtype, layer_names(model))
     return Zero(world, compute_dtype, stage=int(kind.removeprefix("zero")))
 

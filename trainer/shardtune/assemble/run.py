@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import logging
-import math
 import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,26 +23,23 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from shardtune import optim, run_folder
 from shardtune.assemble.isolation import check_isolation
 from shardtune.assemble.parts import (
-    BATCHINGS,
     DTYPES,
     check_device,
     choose_strategy,
     is_chat,
     judged_at_once,
-    make_budget,
     make_strategy,
     make_task,
     make_tuning,
     metric_names,
 )
+from shardtune.assemble.steps import describe_sources, make_course, make_stream, make_stream_course
 from shardtune.config import Config
 from shardtune.config_file import dump_config
 from shardtune.conversations import contents
-from shardtune.data.order import Order
-from shardtune.data.splits import Splits
-from shardtune.data.steps import Steps
+from shardtune.data.corpus import Corpus
 from shardtune.data.tables import TokenTable, cache_folder, fingerprint, open_table, write_table
-from shardtune.errors import ConfigError, DataError
+from shardtune.errors import ConfigError, DataError, FailedElsewhere
 from shardtune.evaluation import Evaluator, Split
 from shardtune.loop import train
 from shardtune.model.dropout import quicken_dropout
@@ -70,18 +67,20 @@ class Prepared:
     task: Task
     labels: list[str]
     tables: dict[str, TokenTable]
-    splits: Splits | None
-    """The texts, on the first rank."""
+    train_counts: list[int]
+    """How many training examples are from each source."""
+    corpus: Corpus | None
+    """What is known of the texts, on the first rank."""
 
 
-def train_run(config: Config, world: World, splits: Splits | None, command_line: Sequence[str]) -> str:
-    """Trains and writes the run's folder; `splits` are given on the first rank. Returns what to say at the end.
+def train_run(config: Config, world: World, corpus: Corpus | None, command_line: Sequence[str]) -> str:
+    """Trains and writes the run's folder; `corpus` is given on the first rank. Returns what to say at the end.
 
     Raises ShardtuneError, each with its exit code.
     """
     folder = Path(config.runs) / config.name
     check_device(config, world)
-    prepared = prepare(config, world, splits)
+    prepared = prepare(config, world, corpus)
     skeleton = make_skeleton(config, prepared, config.model.path, config.model.weights == "pretrained")
     if isinstance(prepared.task, Chat):
         prepared.task.stop_at_turns_end(skeleton.model)
@@ -120,21 +119,20 @@ def train_run(config: Config, world: World, splits: Splits | None, command_line:
         environment = run_folder.environment(list(command_line), kind, devices)
         claim = run_folder.begin(folder, dump_config(config), environment)
     state = TrainingState()
-    train_table = prepared.tables["train"]
-    order = Order(len(train_table), config.batch.examples or 32, config.seed, config.data.shuffle)
-    batching = BATCHINGS[config.data.batching]()
-    steps = Steps(
-        train_table, order, batching, prepared.task.collate, world.rank, world.size, make_budget(config.batch)
-    )
-    total_steps = config.duration.steps
-    if total_steps is None:
-        total_steps = math.ceil((config.duration.epochs or 1) * order.steps_per_epoch)
+    stream = None
+    if config.data.streaming:
+        own_task = copy.deepcopy(prepared.task)  # a tokenizer's settings change while it is used: not in two threads
+        stream = make_stream(config, own_task)
+        steps, total_steps, examples_of = make_stream_course(config, world, own_task, stream)
+    else:
+        table = prepared.tables["train"]
+        steps, total_steps, examples_of = make_course(config, world, prepared.task, table, prepared.train_counts)
     evaluator = Evaluator(
         prepared.task, strategy, world, metric_names(config), config.evaluation.max_new_tokens,
         config.evaluation.beams, judged_at_once(config.batch), folder / "predictions",
     )  # fmt: skip
     reporter = Reporter(
-        folder, world, state, total_steps, order.examples, config.tracking.every, config.evaluation.every,
+        folder, world, state, total_steps, examples_of, config.tracking.every, config.evaluation.every,
         config.tracking.tensorboard, evaluator, evaluated_splits(prepared, config.evaluation.examples),
         config.model_dump(mode="json"),
     )  # fmt: skip
@@ -152,12 +150,22 @@ def train_run(config: Config, world: World, splits: Splits | None, command_line:
             functools.partial(optim.clip_scale, max_grad_norm=config.optimizer.max_grad_norm),
             reporter.after_step,
         )  # fmt: skip
+        if stream is not None and stream.noted:
+            reporter.progress.say(f"in the stream, as far as it was read: {_counted(stream.noted)}")
         reporter.evaluate()
         write_result(
             folder / "final", model, strategy, weights, prepared.tokenizer, prepared.labels, skeleton.stored_dtype,
             tuning.makes_adapter, world.is_first,
         )  # fmt: skip
+    except DataError as error:  # of a stream, which every rank reads
+        if not world.is_first:
+            raise FailedElsewhere(error.exit_code) from None
+        raise DataError(
+            f"{error}\nThis was found after {state.step} of {total_steps} steps. Their metrics and evaluations are in "
+            f"{folder}; no weights were kept, as this version writes no checkpoints"
+        ) from error
     finally:
+        steps.close()
         reporter.close()
         if claim is not None:
             os.close(claim)
@@ -165,7 +173,7 @@ def train_run(config: Config, world: World, splits: Splits | None, command_line:
     return _last_words(folder, config, reporter.before_and_after(), time.monotonic() - begun)
 
 
-def prepare(config: Config, world: World, splits: Splits | None, result: Path | None = None) -> Prepared:
+def prepare(config: Config, world: World, corpus: Corpus | None, result: Path | None = None) -> Prepared:
     """Architecture, tokenizer and tokenized examples; what takes long is done once, on the first rank.
 
     With a `result`'s folder its tokenizer and labels are used, whatever the data would give today.
@@ -181,25 +189,26 @@ def prepare(config: Config, world: World, splits: Splits | None, result: Path | 
     if result is not None:
         source = str(result)
     elif newly_trained:
-        source = world.first_does("tokenizer", lambda: _trained_tokenizer(config, splits))
+        source = world.first_does("tokenizer", lambda: _trained_tokenizer(config, corpus))
     tokenizer = load_tokenizer(source, side, trust)
     fit_config(architecture, tokenizer, newly_trained)
     labels: list[str] = []
     if task_kind == "classification":
-        labels = saved_labels(result) if result is not None else world.first_does("labels", lambda: _labels(splits))
+        labels = saved_labels(result) if result is not None else world.first_does("labels", lambda: _labels(corpus))
         name_labels(architecture, labels)
     _check_positions(config, architecture)
     if is_chat(config.task) and result is None:  # a result's tokenizer has the template
         set_template(tokenizer, getattr(config.task, "template", None))
     task = make_task(config.task, config.model.path, tokenizer, architecture, labels)
-    folders = world.first_does("tables", lambda: _tokenize(config, task, tokenizer, labels, splits))
+    folders = world.first_does("tables", lambda: _tokenize(config, task, tokenizer, labels, corpus))
+    train_counts = world.first_does("sources", lambda: corpus.train_counts if corpus is not None else [])
     tables = {}
     for name, folder in folders.items():
         table = open_table(Path(folder))
         if table is None:
             raise DataError(f"{folder}: the tokenized {name} split is not there; do all nodes see this folder?")
         tables[name] = table
-    return Prepared(architecture, tokenizer, task, labels, tables, splits)
+    return Prepared(architecture, tokenizer, task, labels, tables, train_counts, corpus)
 
 
 def name_labels(architecture: PreTrainedConfig, labels: Sequence[str]) -> None:
@@ -228,21 +237,21 @@ def evaluated_splits(prepared: Prepared, limit: int) -> list[Split]:
     for name in ("validation", "test"):
         table = prepared.tables.get(name)
         if table is not None and len(table):
-            texts: list[Text] = getattr(prepared.splits, name) if prepared.splits is not None else []
+            texts = prepared.corpus.judged[name] if prepared.corpus is not None else []
             found.append(Split(name, table, min(len(table), limit), texts))
     return found
 
 
-def _trained_tokenizer(config: Config, splits: Splits | None) -> str:
-    assert splits is not None
+def _trained_tokenizer(config: Config, corpus: Corpus | None) -> str:
+    assert corpus is not None
     assert config.model.tokenizer is not None
     pieces = int(config.model.tokenizer.removeprefix("train:"))
-    key = fingerprint("tokenizer", 1, splits.fingerprint, pieces, config.task.kind)
+    key = fingerprint("tokenizer", 1, corpus.fingerprint, pieces, config.task.kind)
     folder = cache_folder() / "tokenizers" / key
     if not (folder / "tokenizer.json").exists():
         partial = folder.with_name(f"{key}.{os.getpid()}")
         parts = contents if is_chat(config.task) else lambda source, target: [source, target]
-        texts = [text for example in splits.train for text in parts(example.source, example.target)]
+        texts = [text for example in corpus.splits().train for text in parts(example.source, example.target)]
         train_tokenizer(texts, pieces, config.task.kind, partial)
         if folder.exists():
             return str(folder)
@@ -250,9 +259,9 @@ def _trained_tokenizer(config: Config, splits: Splits | None) -> str:
     return str(folder)
 
 
-def _labels(splits: Splits | None) -> list[str]:
-    assert splits is not None
-    labels = sorted({text.target for text in splits.train})
+def _labels(corpus: Corpus | None) -> list[str]:
+    assert corpus is not None
+    labels = corpus.labels
     if len(labels) < 2:
         raise DataError(f"every training example has the label {labels[0]!r}; there is nothing to tell apart")
     return labels
@@ -285,19 +294,20 @@ def _check_positions(config: Config, architecture: PreTrainedConfig) -> None:
 
 
 def _tokenize(
-    config: Config, task: Task, tokenizer: PreTrainedTokenizerBase, labels: list[str], splits: Splits | None
+    config: Config, task: Task, tokenizer: PreTrainedTokenizerBase, labels: list[str], corpus: Corpus | None
 ) -> dict[str, str]:
     """Token tables of all splits, from the cache where they are there. Split -> folder."""
-    assert splits is not None
+    assert corpus is not None
     settings = config.task.model_dump(include={"kind", "max_source_tokens", "max_target_tokens", "text"})
     if is_chat(config.task):  # the template's text, for a file can change under its name; tools are in the sources
         settings["chat_template"] = tokenizer.chat_template
     folders = {}
     tokenizer_identity = identity(tokenizer)  # before tokenizing, which leaves its settings in the tokenizer
-    for name, texts in (("train", splits.train), ("validation", splits.validation), ("test", splits.test)):
-        key = fingerprint("tokens", 1, splits.fingerprint, name, settings, labels, tokenizer_identity)
+    for name in ("validation", "test") if config.data.streaming else ("train", "validation", "test"):
+        key = fingerprint("tokens", 1, corpus.fingerprint, name, settings, labels, tokenizer_identity)
         folder = cache_folder() / "tokens" / key
         if open_table(folder) is None:
+            texts: list[Text] = getattr(corpus.splits(), name)
             pieces = (texts[start : start + ENCODED_AT_ONCE] for start in range(0, len(texts), ENCODED_AT_ONCE))
             write_table(folder, (encoded for piece in pieces for encoded in task.encode(piece)))
         folders[name] = str(folder)
@@ -310,15 +320,15 @@ def _facts(config: Config, world: World, prepared: Prepared, skeleton: Skeleton,
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     counts = ", ".join(f"{len(table):,} {name}" for name, table in prepared.tables.items() if len(table))
     batch = config.batch
+    steps = f"{batch.examples:,} examples a step" if batch.examples else f"at most {batch.tokens:,} tokens a step"
     weights = "random weights" if config.model.weights == "random" else config.model.path
     lines = [
         f"{config.name}: {type(skeleton.model).__name__} ({weights}), {config.task.kind}, {config.tuning.method}: "
         f"{trained:,} of {total:,} parameters trained",
         f"{kind} on {world.size} rank{'s' * (world.size > 1)} ({_device_name(world.device)}), {config.model.dtype}; "
-        f"{batch.examples:,} examples a step"
-        if batch.examples
-        else f"at most {batch.tokens:,} tokens a step",
-        f"examples: {counts}" + (f"; {len(prepared.labels):,} labels" if prepared.labels else ""),
+        + steps,
+        f"examples: {counts or 'a stream'}" + (f"; {len(prepared.labels):,} labels" if prepared.labels else ""),
+        *describe_sources(config, prepared.tables.get("train"), prepared.train_counts),
     ]
     if not any(len(table) for name, table in prepared.tables.items() if name != "train"):
         lines.append("no validation or test examples, so nothing is evaluated")
@@ -326,13 +336,17 @@ def _facts(config: Config, world: World, prepared: Prepared, skeleton: Skeleton,
         cut = [f"{n:,} {what}" for n, what in ((table.source_cut, "sources"), (table.target_cut, "targets")) if n]
         if cut:
             lines.append(f"cut to length in {name}: {' and '.join(cut)} of {len(table):,}")
-    dropped = prepared.splits.dropped if prepared.splits is not None else {}
+    dropped = prepared.corpus.dropped if prepared.corpus is not None else {}
     if dropped:
-        lines.append("left out or noted: " + ", ".join(f"{count:,} {reason}" for reason, count in dropped.items()))
+        lines.append(f"left out or noted: {_counted(dropped)}")
     if skeleton.new_parameters:
         lines.append(f"new, not in the pretrained weights: {', '.join(skeleton.new_parameters)}")
     lines.append("no checkpoints are written during the run in this version, only the result")
     return "\n".join(lines)
+
+
+def _counted(reasons: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
 
 
 def _last_words(folder: Path, config: Config, results: str, seconds: float) -> str:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shardtune.assemble.parts import DTYPES, judged_at_once, make_task, metric_names
 from shardtune.assemble.run import evaluated_splits, name_labels, prepare, quiet_libraries, saved_labels
 from shardtune.config import ClassificationConfig, Config
-from shardtune.data.splits import Splits
+from shardtune.data.corpus import Corpus
 from shardtune.errors import ConfigError
 from shardtune.evaluation import Evaluator
 from shardtune.model.skeleton import AUTO_CLASSES, build_skeleton, load_architecture
@@ -67,7 +67,7 @@ def _base_model(
     return model, skeleton.stored_dtype
 
 
-def evaluate(config: Config, splits: Splits, folder: Path | None, split_name: str) -> str:
+def evaluate(config: Config, corpus: Corpus, folder: Path | None, split_name: str) -> str:
     """Judges the result in `folder` (by default the run's) on a split; returns the table of scores.
 
     Predictions go to the run's folder of predictions as step-final-<split>.jsonl, beside those of the run.
@@ -78,7 +78,7 @@ def evaluate(config: Config, splits: Splits, folder: Path | None, split_name: st
     _check_fits(config, folder)
     world = join_world()
     with quiet_libraries():
-        prepared = prepare(config, world, splits, folder)
+        prepared = prepare(config, world, corpus, folder)
         found = [s for s in evaluated_splits(prepared, config.evaluation.examples) if s.name == split_name]
         if not found:
             raise ConfigError(f"data.{split_name}: the {split_name} split has no examples")

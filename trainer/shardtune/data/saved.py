@@ -14,7 +14,7 @@ from shardtune.data.files import Row
 from shardtune.errors import DataError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
 HUB_ID = re.compile(r"(?P<path>\w[\w.-]*/\w[\w.-]*)(@(?P<config>[\w.-]+))?(:(?P<split>[\w.\[\]%:+-]+))?")
 """owner/name[@config][:split]; the split may be a slice such as train[:10%]."""
@@ -57,8 +57,10 @@ def _no_split(folder: Path, split: str, splits: list[str]) -> str:
     return f"{folder}: no split {split!r}; there are: {', '.join(splits)}{hint}"
 
 
-def read_hub(spec: str, split: str) -> Iterator[Row]:
+def read_hub(spec: str, split: str, stream: bool = False) -> Iterator[Row]:
     """The rows of a dataset on the hub (or in its local cache), never running code from there.
+
+    `stream`: as they come, without downloading all of it first.
 
     Raises DataError where it does not exist, cannot be reached, or has no such config or split.
     """
@@ -71,17 +73,15 @@ def read_hub(spec: str, split: str) -> Iterator[Row]:
     for name in ("huggingface_hub", "datasets"):  # each try to reach the hub is told otherwise
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        found = datasets.load_dataset(match["path"], match["config"], split=split)
+        found = datasets.load_dataset(match["path"], match["config"], split=split, streaming=stream)
     except Exception as error:  # network, hub, unknown split or config, broken files: the text says
         raise DataError(
             f"{spec}: no such file or folder, and no dataset of the hub that can be loaded: {_reason(error)}"
         ) from error
-    yield from _rows(found, f"{match['path']}:{split}")
+    yield from _rows(found, f"{match['path']}:{split}")  # pyright: ignore[reportArgumentType]
 
 
-def _rows(dataset: Dataset, where: str) -> Iterator[Row]:
-    if len(dataset) == 0:
-        raise DataError(f"{where}: the dataset holds no rows")
+def _rows(dataset: Dataset | IterableDataset, where: str) -> Iterator[Row]:
     number = 0
     try:
         # A saved output format (torch, numpy) would give tensors, and import their library.
@@ -90,6 +90,8 @@ def _rows(dataset: Dataset, where: str) -> Iterator[Row]:
             yield Row(f"{where}:row {number}", dict(fields))
     except Exception as error:  # a column of images or sounds is decoded here, by whatever library that needs
         raise DataError(f"{where}: cannot be read after row {number}: {_reason(error)}") from error
+    if number == 0:
+        raise DataError(f"{where}: the dataset holds no rows")
 
 
 def _reason(error: Exception) -> str:

@@ -32,36 +32,43 @@ class Splits:
     source also stand in train (these are kept)."""
     fingerprint: str
     """SHA-256, in hex, of all sources and targets in order with their splits."""
+    train_counts: list[int]
+    """How many examples of `train` are from each of its sources, which come one after the other."""
 
 
 def read_splits(
-    train: str,
+    train: str | Sequence[str],
     validation: str | None,
     test: str | None,
     shares: Sequence[float],
     fields: Fields,
     labels: bool,
 ) -> Splits:
-    """Reads all data of a run.
+    """Reads all data of a run; `train` names one source or several.
 
     Where only `train` is given, its examples are divided by `shares` (of train, validation, test): a hash of
     the source decides, so adding, removing or reordering rows moves no other example, and one source never
     stands in two splits. Otherwise the sources are used as they are, and the one not given is empty. With
     `labels`, targets are classes, and those of train are all there are.
 
-    Raises DataError where data is missing or wrong, no training example is left, or a given validation or
+    Raises DataError where data is missing or wrong, no training example of a source is left, or a given validation or
     test source has a label that train has not; ConfigError where the prompt is malformed.
     """
     dropped: Dropped = Counter()
-    everything, read = _read(train, "train", fields, labels, dropped)
-    if validation is None and test is None:
-        parts = divide(everything, shares)
-        if labels:
-            _drop_unknown_labels(train, parts, dropped)
-    else:
-        parts = {"train": everything, "validation": [], "test": []}
-    if not parts["train"]:
-        raise DataError(_nothing_left(train, read, len(everything), dropped))
+    parts: dict[str, list[Text]] = {name: [] for name in NAMES}
+    counts = []
+    sources = [train] if isinstance(train, str) else list(train)
+    for source in sources:
+        dropped_before = dropped.copy()
+        found, read = _read(source, "train", fields, labels, dropped)
+        divided = divide(found, shares) if validation is None and test is None else {"train": found}
+        if not divided["train"]:
+            raise DataError(_nothing_left(source, read, len(found), dropped - dropped_before))
+        counts.append(len(divided["train"]))
+        for name, examples in divided.items():
+            parts[name] += examples
+    if labels and validation is None and test is None:
+        _drop_unknown_labels(", ".join(sources), parts, dropped)
     for split, source in (("validation", validation), ("test", test)):
         if source is not None:
             parts[split], _ = _read(source, split, fields, labels, dropped)
@@ -70,21 +77,25 @@ def read_splits(
             repeated = len(parts[split]) - len(_without(parts[split], _contents(parts["train"])))
             if repeated:
                 dropped[f"{split} examples also in train"] += repeated
-    return Splits(**parts, dropped=dict(dropped), fingerprint=_fingerprint(parts))
+    return Splits(**parts, dropped=dict(dropped), fingerprint=fingerprint_of(parts), train_counts=counts)
 
 
 def divide(examples: Iterable[Text], shares: Sequence[float]) -> dict[str, list[Text]]:
     """The examples of each split, by a hash of their sources; `shares` are of train, validation and test."""
-    edges = list(accumulate(shares))
     parts: dict[str, list[Text]] = {name: [] for name in NAMES}
     for example in examples:
-        digest = hashlib.blake2b(example.source.encode("utf-8"), digest_size=8).digest()
-        point = int.from_bytes(digest, "big") / 2**64 * edges[-1]
-        # The product can round up to the last edge; that example belongs to the last share that is not zero.
-        last = max(index for index, share in enumerate(shares) if share > 0)
-        index = next((index for index, edge in enumerate(edges) if point < edge), last)
-        parts[NAMES[index]].append(example)
+        parts[split_of(example, shares)].append(example)
     return parts
+
+
+def split_of(example: Text, shares: Sequence[float]) -> str:
+    """The split that a hash of the example's source gives it to."""
+    edges = list(accumulate(shares))
+    digest = hashlib.blake2b(example.source.encode("utf-8"), digest_size=8).digest()
+    point = int.from_bytes(digest, "big") / 2**64 * edges[-1]
+    # The product can round up to the last edge; that example belongs to the last share that is not zero.
+    last = max(index for index, share in enumerate(shares) if share > 0)
+    return NAMES[next((index for index, edge in enumerate(edges) if point < edge), last)]
 
 
 def _read(source: str, split: str, fields: Fields, labels: bool, dropped: Dropped) -> tuple[list[Text], int]:
@@ -160,7 +171,8 @@ def _without(examples: Iterable[Text], contents: set[bytes]) -> list[Text]:
     return [example for example in examples if _content(example) not in contents]
 
 
-def _fingerprint(parts: dict[str, list[Text]]) -> str:
+def fingerprint_of(parts: dict[str, list[Text]]) -> str:
+    """SHA-256, in hex, of all sources and targets in order with their splits."""
     digest = hashlib.sha256()
     for name in NAMES:
         digest.update(f"{name} {len(parts[name])}\n".encode())

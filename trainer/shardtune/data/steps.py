@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +24,41 @@ class Step(NamedTuple):
     """Whether the next step begins an epoch."""
 
 
+class StepSource(Protocol):
+    """Gives the steps of a run to one rank."""
+
+    def at(self, epoch: int, cursor: int) -> Step:
+        """The step that begins after `cursor` examples of the epoch. Raises DataError where its data is wrong."""
+        ...
+
+    def close(self) -> None:
+        """Ends what was begun for later steps."""
+        ...
+
+
+class Layout(NamedTuple):
+    """How a rank gets its part of a step."""
+
+    batching: Batching
+    collate: Callable[[Sequence[Tokens], bool], Batch]
+    rank: int
+    ranks: int
+    budget: Budget
+
+    def micro_batches(self, lengths: NDArray[np.int64], example: Callable[[int], Tokens]) -> list[Batch]:
+        """This rank's micro-batches of a step's examples, given their `lengths` [n, 2], and each by its position."""
+        layout = self.batching.layout(lengths, self.ranks, self.budget)
+        return [self._batch(positions.tolist(), example) for positions in layout[self.rank]]
+
+    def _batch(self, positions: list[int], example: Callable[[int], Tokens]) -> Batch:
+        if positions:
+            return self.collate([example(position) for position in positions], self.batching.packed)
+        # Sharded models compute together, so a rank without examples computes on something that does not count.
+        return self.collate([example(0)], self.batching.packed).blank()
+
+
 class Steps:
-    """Lays out the examples of any step for one rank."""
+    """Lays out the examples of any step for one rank; implements StepSource."""
 
     def __init__(
         self,
@@ -39,23 +72,15 @@ class Steps:
     ) -> None:
         self.order = order
         self._table = table
-        self._batching = batching
-        self._collate = collate
-        self._rank = rank
-        self._ranks = ranks
-        self._budget = budget
+        self._layout = Layout(batching, collate, rank, ranks, budget)
 
     def at(self, epoch: int, cursor: int) -> Step:
         """The step that begins at example `cursor` of the epoch's order."""
         examples = self.order.take(epoch, cursor)
-        lengths = self._table.lengths[examples]
-        layout = self._batching.layout(lengths, self._ranks, self._budget)
-        micro_batches = [self._batch(examples, positions) for positions in layout[self._rank]]
-        return Step(examples, micro_batches, cursor + len(examples) == self.order.examples)
+        micro_batches = self._layout.micro_batches(
+            self._table.lengths[examples], lambda position: self._table[int(examples[position])]
+        )
+        return Step(examples, micro_batches, cursor + len(examples) == self.order.examples_of(epoch))
 
-    def _batch(self, examples: NDArray[np.int64], positions: NDArray[np.int64]) -> Batch:
-        if len(positions):
-            chosen = [self._table[int(examples[position])] for position in positions]
-            return self._collate(chosen, self._batching.packed)
-        # Sharded models compute together, so a rank without examples computes on something that does not count.
-        return self._collate([self._table[int(examples[0])]], self._batching.packed).blank()
+    def close(self) -> None:
+        """Nothing was begun."""

@@ -1,0 +1,115 @@
+"""Which combinations of valid values cannot work: the one place where they are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from shardtune.config import BATCH_SIZES, CausalConfig, Config, DataConfig, LoraConfig
+
+
+def conflicts(config: Config) -> Iterator[tuple[str, str]]:
+    """Combinations of valid values that cannot work: pairs of (key, what is wrong with it)."""
+    task, model = config.task, config.model
+    inputs = {"seq2seq": ["source"], "causal": ["source", "text", "messages"], "classification": ["text"]}[task.kind]
+    given = [key for key in [*inputs, "prompt"] if getattr(task, key) is not None]
+    wanted = " or ".join(f"task.{key}" for key in [*inputs, "prompt"])
+    if len(given) != 1:
+        problem = "give one, not " + " and ".join(f"task.{key}" for key in given) if given else "none is given"
+        yield f"task.{given[-1]}" if given else "task", f"the input comes from exactly one of {wanted}; {problem}"
+    if isinstance(task, CausalConfig):
+        if task.text is not None and task.target is not None:
+            yield "task.target", "task.text already holds the whole text; leave task.target out"
+        if task.messages is not None and task.target is not None:
+            yield "task.target", "task.messages already holds the assistant's turns; leave task.target out"
+        if task.text is None and task.messages is None and task.target is None:
+            yield "task", "task.target is missing (or give task.text: the loss is then on all of it)"
+        for key in ("tools", "template"):
+            if task.messages is None and getattr(task, key) is not None:
+                yield f"task.{key}", "only with task.messages"
+        if task.messages is not None and task.max_source_tokens < 2:
+            yield "task.max_source_tokens", "a conversation needs at least 2 tokens, one to read and one to learn"
+    yield from _mixture_conflicts(config.data)
+    if config.data.streaming:
+        yield from _stream_conflicts(config)
+    if config.data.validation is None and config.data.test is None and abs(sum(config.data.splits) - 1) > 1e-6:
+        yield "data.splits", f"the shares add up to {sum(config.data.splits):g}, not to 1"
+    if config.data.splits[0] == 0.0:
+        yield "data.splits", "the share of the training examples, the first, cannot be 0"
+    for examples, tokens in BATCH_SIZES:
+        given = [key for key in (examples, tokens) if getattr(config.batch, key) is not None]
+        if len(given) != 1:
+            yield f"batch.{tokens}", f"give exactly one of batch.{examples} and batch.{tokens}"
+    if config.data.batching == "packed":
+        if task.kind == "classification":
+            yield "data.batching", "classifiers give one label a row, so texts cannot share one; use grouped"
+        if model.attention in ("eager", "flex_attention"):
+            yield (
+                "model.attention",
+                f"{model.attention} does not keep packed examples apart; use auto, sdpa or flash_attention_2",
+            )
+    if (config.duration.epochs is None) == (config.duration.steps is None):
+        yield "duration", "give exactly one of duration.epochs and duration.steps"
+    if model.tokenizer and model.tokenizer.startswith("train:"):
+        pieces = model.tokenizer.removeprefix("train:")
+        if not (pieces.isascii() and pieces.isdigit()) or int(pieces) < 300:
+            yield "model.tokenizer", "train:N needs a whole number N of pieces, at least 300 (256 are the bytes)"
+        if model.weights == "pretrained":
+            yield (
+                "model.tokenizer",
+                "a newly trained tokenizer does not fit pretrained weights; use model.weights: random",
+            )
+    if config.model.layers is not None and isinstance(config.tuning, LoraConfig):
+        yield "model.layers", "an adapter is loaded beside the whole model; use tuning.method: full or freeze"
+    if config.model.layers is not None and not config.model.layers:
+        yield "model.layers", "keep at least one layer, or leave the key out to keep all"
+    if config.evaluation.metrics is not None:
+        for_labels = {"accuracy", "macro_f1"}
+        for_texts = {"rouge", "bleu", "chrf", "exact_match"}
+        names = set(config.evaluation.metrics)
+        if task.kind == "classification" and names - for_labels - {"perplexity"}:
+            yield "evaluation.metrics", f"{', '.join(sorted(names - for_labels))}: classification has labels, no texts"
+        if task.kind != "classification" and names & for_labels:
+            yield "evaluation.metrics", f"{', '.join(sorted(names & for_labels))}: only for task.kind: classification"
+        if isinstance(task, CausalConfig) and task.text is not None and names & for_texts:
+            yield (
+                "evaluation.metrics",
+                f"{', '.join(sorted(names & for_texts))}: only with a target; task.text has none",
+            )
+
+
+def _mixture_conflicts(data: DataConfig) -> Iterator[tuple[str, str]]:
+    if isinstance(data.train, str):
+        return
+    kinds = []
+    for index, source in enumerate(data.train):
+        key = f"data.train.{index}"
+        if isinstance(source, str):
+            kinds.append("path")
+        elif (source.weight is None) == (source.tokens is None):
+            yield key, "give exactly one of weight and tokens"
+            return
+        else:
+            kinds.append("weight" if source.weight is not None else "tokens")
+        if kinds[-1] != kinds[0]:
+            names = {"path": "a path alone", "weight": "a weight", "tokens": "a share of tokens"}
+            yield key, f"has {names[kinds[-1]]}, but the first source {names[kinds[0]]}; all are given alike"
+            return
+    total = sum(source.tokens or 0.0 for source in data.sources)
+    if kinds[0] == "tokens" and abs(total - 1) > 1e-6:
+        yield "data.train", f"the shares of tokens add up to {total:g}, not to 1"
+
+
+def _stream_conflicts(config: Config) -> Iterator[tuple[str, str]]:
+    key, duration = "data.streaming", config.duration
+    if config.task.kind == "classification":
+        yield key, "a classifier's labels must all be known before the first step; leave data.streaming out"
+    if duration.epochs is not None and duration.steps is None:
+        yield "duration.steps", "a stream's length is not known, so give duration.steps in place of duration.epochs"
+    if (config.model.tokenizer or "").startswith("train:"):
+        yield "model.tokenizer", "train:N reads all texts before the first step, which a stream does not allow"
+    for index, source in enumerate(config.data.sources):
+        place = "data.train" if isinstance(config.data.train, str) else f"data.train.{index}"
+        if source.path == "docs:python":
+            yield place, "docs:python is small and read whole; leave data.streaming out"
+        elif source.path.lower().endswith(".json"):
+            yield place, "a .json file can only be read whole; to stream it, make it .jsonl, one object a line"

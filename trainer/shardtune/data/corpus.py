@@ -1,0 +1,122 @@
+"""What a run needs of its texts, remembered from an earlier reading of the same files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from shardtune.data.splits import Splits
+from shardtune.data.tables import cache_folder
+from shardtune.errors import DataError, StorageError
+from shardtune.protocols import Text
+
+VERSION = 1
+"""Of what is remembered, and of how texts are read: a change of either needs another number."""
+JUDGED = ("validation", "test")
+
+
+class Corpus:
+    """The examples of a run; its texts are read only where they are asked for."""
+
+    def __init__(self, facts: dict[str, Any], judged: dict[str, list[Text]], read: Callable[[], Splits]) -> None:
+        self.fingerprint: str = facts["fingerprint"]
+        """As in Splits."""
+        self.train_counts: list[int] = facts["train_counts"]
+        """As in Splits."""
+        self.dropped: dict[str, int] = facts["dropped"]
+        """As in Splits."""
+        self.labels: list[str] = facts["labels"]
+        """The labels of the training examples, sorted; empty where targets are no labels."""
+        self.judged = judged
+        """The first examples of validation and test, as people read them."""
+        self._read = read
+        self._splits: Splits | None = None
+
+    def splits(self) -> Splits:
+        """All texts. Raises DataError where they are no longer what is remembered."""
+        if self._splits is not None:
+            return self._splits
+        splits = self._read()
+        if splits.fingerprint != self.fingerprint:
+            raise DataError(
+                "the data has changed, but its files have the size and the time of change that they had; "
+                "`touch` them, so that they are read again"
+            )
+        self._splits = splits
+        return splits
+
+
+def load_corpus(key: Callable[[], str | None], read: Callable[[], Splits], labels: bool, judged: int) -> Corpus:
+    """The corpus remembered under `key`, or else what `read` gives, which is remembered.
+
+    `key` stands for files and settings; None: nothing is remembered. `labels`: targets are class labels. `judged`: how
+    many examples of validation and test are wanted. Raises what `read` raises, and StorageError where the cache cannot
+    be written.
+    """
+    before = key()
+    folder = cache_folder() / "texts" / str(before)
+    if before is not None and (found := _load(folder, read, judged)) is not None:
+        return found
+    splits = read()
+    facts = {
+        "version": VERSION,
+        "fingerprint": splits.fingerprint,
+        "train_counts": splits.train_counts,
+        "dropped": splits.dropped,
+        "labels": sorted({text.target for text in splits.train}) if labels else [],
+    }
+    if before is not None and key() == before:  # else a file has changed meanwhile
+        _store(folder, facts, splits)
+    return Corpus(facts, {name: getattr(splits, name)[:judged] for name in JUDGED}, lambda: splits)
+
+
+def _load(folder: Path, read: Callable[[], Splits], judged: int) -> Corpus | None:
+    """None where nothing is remembered, or the files are damaged."""
+    try:
+        facts = json.loads((folder / "facts.json").read_text("utf-8"))
+        if facts["version"] != VERSION:
+            return None
+        texts = {}
+        for name in JUDGED:
+            with (folder / f"{name}.jsonl").open(encoding="utf-8") as file:
+                texts[name] = [Text(*json.loads(line)) for line in islice(file, judged)]
+        return Corpus(facts, texts, read)
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _store(folder: Path, facts: dict[str, Any], splits: Splits) -> None:
+    """Under a temporary name first, so that two processes at once do no harm."""
+    partial: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        for name in JUDGED:
+            _write_lines(partial / f"{name}.jsonl", getattr(splits, name))
+        (partial / "facts.json").write_text(json.dumps(facts), "utf-8")
+        if folder.exists():  # damaged
+            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(FileExistsError):
+            os.rename(partial, folder)
+    except OSError as error:
+        if error.errno in (17, 39):  # another process has just stored the same
+            return
+        raise StorageError(
+            f"{folder}: cannot write the cache: {error.strerror or error}; "
+            "the environment variable SHARDTUNE_CACHE names another place"
+        ) from error
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_lines(path: Path, texts: Iterable[Text]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(text, ensure_ascii=False) + "\n" for text in texts)
