@@ -7,32 +7,27 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from shardtune.data.tables import TokenTable
 from shardtune.errors import ConfigError
 from shardtune.protocols import IGNORED, Strategy, Task, Tokens
 
 SOURCE, TARGET = 12, 6
-"""Tokens of the examples that are tried."""
+"""Tokens of the longest example that is tried."""
 LEAK, ROUNDING = 1e-5, 0.02
 """Relative differences of a loss: between the same shapes; and between other shapes, also in bfloat16."""
 
 
-def check_isolation(task: Task, strategy: Strategy, table: TokenTable, device: torch.device, path: str) -> None:
+def check_isolation(task: Task, strategy: Strategy, vocabulary: int, device: torch.device, path: str) -> None:
     """Computes the loss of an example behind another one, behind a third of the same length, and alone.
 
     All ranks call it. Raises ConfigError where these differ: then the architecture mixes neighbours in a way that is
     not known here (a convolution or a recurrence over the row), or its positions do not restart.
     """
-    first, second = (_short(table[index % len(table)], index) for index in (0, 1))
-    other = Tokens(
-        np.where(first.source == 1, 2, 1).astype(np.int32), np.where(first.target == 1, 2, 1).astype(np.int32)
-    )
+    first, other, second = (_example(vocabulary, *drawn) for drawn in ((5, SOURCE), (11, SOURCE), (7, SOURCE - 1)))
 
     def loss(before: list[Tokens]) -> float:
         batch = task.collate([*before, second], packed=bool(before))
-        learned = sum(int((example.target >= 0).sum()) for example in before)
         labels = batch.labels.clone()
-        labels[:, :learned] = IGNORED
+        labels[:, : sum(len(example.target) for example in before)] = IGNORED
         return float(task.loss_sum(model, replace(batch, labels=labels).to(device)))
 
     with strategy.evaluating() as model:
@@ -48,6 +43,7 @@ def check_isolation(task: Task, strategy: Strategy, table: TokenTable, device: t
             )
 
 
-def _short(example: Tokens, turn: int) -> Tokens:
-    """The beginning of an example; two that are the same text differ in length."""
-    return Tokens(example.source[: SOURCE - turn], example.target[: TARGET - turn])
+def _example(vocabulary: int, stride: int, length: int) -> Tokens:
+    """Some tokens of the vocabulary."""
+    ids = (3 + stride * np.arange(length + TARGET)) % vocabulary
+    return Tokens(ids[:length].astype(np.int32), ids[length:].astype(np.int32))

@@ -109,7 +109,8 @@ def train_run(config: Config, world: World, corpus: Corpus | None, command_line:
     strategy = make_strategy(kind, model, world, dtype)
     strategy.prepare(model, weights, make_optimizer)
     if config.data.batching == "packed":
-        check_isolation(prepared.task, strategy, prepared.tables["train"], world.device, config.model.path)
+        vocabulary = prepared.architecture.get_text_config().vocab_size
+        check_isolation(prepared.task, strategy, vocabulary, world.device, config.model.path)
     model.train()
     world.seed_everything(config.seed)
 
