@@ -111,7 +111,7 @@ def assert_same_gradients(got: nn.Module, wanted: nn.Module) -> None:
         other = wanted.get_parameter(name).grad
         assert (parameter.grad is None) == (other is None), name
         if parameter.grad is not None and other is not None:
-            far = float((parameter.grad - other).norm()) / max(norms[name], 1e-3 * largest)
+            far = float((parameter.grad.cpu() - other).norm()) / max(norms[name], 1e-3 * largest)
             assert far <= SAME, f"{name}: {far:.1e}"
 
 
@@ -204,6 +204,27 @@ def test_what_is_read_but_not_learned(tmp_path: Path, seed: int) -> None:
         batch = case.task.collate(split, packed)
         assert batch.targets == 2 * sum(len(e.target) for e in examples)
         assert case.task.loss_sum(case.packed, batch).item() == pytest.approx(float(wanted), rel=SAME)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("name", ["t5", "bart", "llama", "gpt2", "mistral"])
+def test_on_a_gpu(name: str, tmp_path: Path, seed: int) -> None:
+    """In float32 as on a CPU; under bfloat16 autocast no example sees another."""
+    case = Case(name, tmp_path, seed)
+    device = torch.device("cuda")
+    case.packed.to(device)
+    examples = case.examples(9)
+    losses = [case.loss_alone(example) for example in examples]
+    sum(losses, torch.zeros(())).backward()
+    batch = case.task.collate(examples, packed=True).to(device)
+    case.task.loss_sum(case.packed, batch).backward()
+    assert_same_gradients(case.packed, case.alone)
+    with torch.autocast("cuda", torch.bfloat16):
+        before = case.losses(batch, examples)
+        changed = [Tokens((examples[0].source - 3) % 37 + 4, examples[0].target), *examples[1:]]
+        after = case.losses(case.task.collate(changed, packed=True).to(device), changed)
+    assert after[1:] == pytest.approx(before[1:], abs=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------- rectangles
