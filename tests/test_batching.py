@@ -51,7 +51,7 @@ def test_an_epoch_visits_each_example_once(rng: random.Random) -> None:
         epoch = rng.randint(0, 5)
         steps = epoch_of(order, epoch)
         assert sorted(np.concatenate(steps).tolist()) == list(range(examples))
-        assert len(steps) == order.steps_per_epoch
+        assert len(steps) == order.steps_of(epoch)
         assert {len(step) for step in steps[:-1]} <= {per_step}
         assert len(steps[-1]) == (examples - 1) % per_step + 1, "the last step takes what is left"
 

@@ -152,6 +152,7 @@ def test_rows_without_a_reply_are_left_out_and_counted() -> None:
         ([user("a"), {"role": "assistant", "tool_calls": "x"}], "turn 2: tool_calls is a string, not a list"),
         ([{"role": "user", "content": "", "tool_calls": [{"name": "f"}]}], "only the assistant calls tools"),
         ([{"from": "function_call", "value": "no"}], "turn 1: a function_call whose value is not JSON"),
+        ([user("a"), {**assistant("b"), "weight": 0}], "turn 2: weight 0; every turn of the assistant is learned"),
         ([user("\ud800"), assistant("b")], "not valid text: \\ud800 is half of a surrogate pair"),
         ([user("a"), {**assistant("b"), "n": b""}], "holds a value that JSON cannot hold"),
     ],
@@ -160,6 +161,17 @@ def test_faults_of_rows(messages: Any, said: str) -> None:
     with pytest.raises(DataError) as caught:
         list(texts([Row("f:7", {"messages": messages, "tools": None})], FIELDS, False, Counter()))
     assert said in str(caught.value)
+
+
+def test_nulls_that_tables_put_in_are_left_out() -> None:
+    """Every row of a table has the fields of all rows."""
+    call = {"type": "function", "function": {"name": "f", "arguments": {"city": "Rome", "date": None}}}
+    turns = [user("a"), {"role": "assistant", "content": None, "tool_calls": [call], "weight": 1}]
+    tools = [{"name": "f", "strict": None, "parameters": {"city": {"type": "string", "enum": None}}}]
+    (found,) = texts([Row("f:7", {"messages": turns, "tools": tools})], FIELDS, False, Counter())
+    assert "null" not in found.source + found.target
+    assert "weight" not in found.target
+    assert "Rome" in found.target
 
 
 def test_faults_of_fields() -> None:

@@ -541,3 +541,20 @@ def test_attention_that_a_model_does_not_have(tmp_path: Path) -> None:
     config = load_architecture(str(folder), "seq2seq", False)
     with pytest.raises(ConfigError, match="model "):
         build_skeleton(config, str(folder), "seq2seq", False, "flash_attention_2", None, False)
+
+
+def test_dropout_of_an_architecture() -> None:
+    """Of its parts too; whole layers are left out by other rates, which only a 0 changes."""
+    from transformers import BartConfig, EncoderDecoderConfig, T5Config
+
+    from shardtune.model.skeleton import set_dropout
+
+    config = BartConfig(dropout=0.1, attention_dropout=0.2, encoder_layerdrop=0.3, classifier_dropout=0.4)
+    set_dropout(config, 0.25)
+    assert (config.dropout, config.attention_dropout, config.classifier_dropout) == (0.25, 0.25, 0.25)
+    assert config.encoder_layerdrop == 0.3
+    set_dropout(config, 0.0)
+    assert (config.dropout, config.encoder_layerdrop) == (0.0, 0.0)
+    parts = EncoderDecoderConfig(encoder=T5Config().to_dict(), decoder=BartConfig().to_dict())
+    set_dropout(parts, 0.0)
+    assert (parts.encoder.dropout_rate, parts.decoder.dropout) == (0.0, 0.0)

@@ -38,6 +38,25 @@ MODELS: dict[str, dict[str, Any]] = {
     **{name: ARCHITECTURES[name] for name in ("t5", "t5-untied", "bart", "llama", "gpt2")},
     "qwen3": {"model_type": "qwen3", **DECODER, "head_dim": 8},
     "mistral": {"model_type": "mistral", **DECODER, "sliding_window": 6},  # shorter than most examples
+    # Their modules do not know of the window, only the mask does.
+    "qwen2_moe": {
+        "model_type": "qwen2_moe",
+        **DECODER,
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "max_window_layers": 0,
+        "num_experts": 2,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
+    "phimoe": {
+        "model_type": "phimoe",
+        **DECODER,
+        "sliding_window": 6,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 2,
+    },
     "mt5": {**ARCHITECTURES["t5"], "model_type": "mt5", "architectures": ["MT5ForConditionalGeneration"]},
 }
 SAME = 1e-5
@@ -57,7 +76,7 @@ class Case:
         self.task: Task = Seq2Seq(tokenizer, 40, 40, 0) if self.kind == "seq2seq" else Causal(tokenizer, 40, 40, False)
         self.alone: Any = plain.AUTO[self.kind].from_pretrained(folder)
         self.packed: Any = plain.AUTO[self.kind].from_pretrained(folder)
-        keep_apart(self.packed, name, flash)
+        keep_apart(self.packed, name, 80, flash)
 
     def examples(self, count: int, longest: int = 30) -> list[Tokens]:
         def ids(limit: int) -> Any:
@@ -287,7 +306,6 @@ def test_flash_attention_is_told_the_same(
     module = types.ModuleType("flash_attn")
     module.flash_attn_varlen_func = attend_one_by_one  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setitem(sys.modules, "flash_attn", module)
-    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.float32)
     case = Case(name, tmp_path, seed, flash=True)
     examples = case.examples(6)
     wanted = sum(case.loss_alone(example).item() for example in examples)
@@ -299,11 +317,16 @@ def test_flash_attention_is_told_the_same(
 
 
 TINY = {"vocab_size": 41, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
-REFUSED = {
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "mamba": ({**TINY, "state_size": 4}, "it has no model.attention"),
     "bloom": ({"vocab_size": 41, "hidden_size": 32, "n_layer": 1, "n_head": 4}, "it has no model.attention: sdpa"),
     "lfm2": ({**DECODER, "layer_types": ["conv", "full_attention"]}, "conv mixes neighbours"),
     "longt5": ({"vocab_size": 41, "d_model": 32, "num_layers": 1, "num_heads": 4}, "it has no model.attention: sdpa"),
+    "llama": (
+        {**DECODER, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+         "max_position_embeddings": 79},
+        "its frequencies are those of the longest neighbour, and examples may have more than 79 tokens",
+    ),
 }  # fmt: skip
 
 
@@ -313,7 +336,7 @@ def test_what_is_refused_by_its_kind(kind: str) -> None:
     config = transformers.AutoConfig.for_model(kind, **settings)
     auto = plain.AUTO["seq2seq" if config.is_encoder_decoder else "causal"]
     with pytest.raises(ConfigError, match=rf"cannot be kept apart: {reason}.*; use grouped"):
-        keep_apart(auto.from_config(config), kind, flash=False)
+        keep_apart(auto.from_config(config), kind, 80, flash=False)
 
 
 def test_a_model_with_attention_of_its_own_is_refused_before_the_run(tmp_path: Path) -> None:

@@ -60,6 +60,8 @@ def test_dropout_is_left_out(tmp_path: Path) -> None:
         ("--batchings packd", "--batchings: 'packd' is not one of padded, grouped, packed"),
         ("--strategies fsdp", "--strategies: 'fsdp' is not one of auto, single, ddp, fsdp2, zero1, zero2, zero3"),
         ("--ranks 2 --strategies single", "strategy single works on one rank only"),
+        ("--steps 0", "--steps: '0' is not a whole number from 1 on"),
+        ("--batchings packed model.attention=eager", "model.attention: eager does not keep packed examples apart"),
     ],
 )
 def test_wrong_options(options: str, problem: str, tmp_path: Path) -> None:
@@ -74,7 +76,7 @@ def test_a_layout_that_fails(tmp_path: Path) -> None:
     done: subprocess.CompletedProcess[str] = grid.verify(config, "--ranks 1 --micro-batches 1", capture_output=True)
     assert done.returncode == 5, done.stdout + done.stderr
     assert "not finite" in done.stderr
-    assert "layout 1-auto-padded-1 failed, after 0 that did not" in done.stderr
+    assert "layout 1-auto-padded-1 failed; 0 layouts came to their end" in done.stderr
 
 
 def test_the_config_itself_is_not_run(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def _parser() -> Parser:
     verify.add_argument(
         "--micro-batches", default="1,3", metavar="N,…", help="of a rank and step; each: of one example (default: 1,3)"
     )
-    verify.add_argument("--steps", type=int, default=10, metavar="N", help="optimizer steps (default: 10)")
+    verify.add_argument("--steps", default="10", metavar="N", help="optimizer steps (default: 10)")
     verify.add_argument(
         "--tolerance", type=float, default=1e-5, metavar="X", help="what counts as equal (default: 1e-5)"
     )
@@ -301,18 +301,26 @@ def _verify_layout(options: argparse.Namespace) -> int:
     config = _config(options)
     check_model_path(config)
     read_texts(config)  # what is wrong is said once, before any process starts
-    fitting = ["padded", "grouped", *(["packed"] if config.task.kind != "classification" else [])]
+    can_pack = config.task.kind != "classification" and config.model.attention not in ("eager", "flex_attention")
+    fitting = ["padded", "grouped", *(["packed"] if can_pack else [])]
     chosen = layouts(
         [_number("--ranks", word) for word in options.ranks.split(",")],
         _among("--strategies", options.strategies, [config.strategy.kind], STRATEGIES),
-        _among("--batchings", options.batchings, fitting, fitting),
+        _among("--batchings", options.batchings, fitting, ["padded", "grouped", "packed"]),
         [None if word == "each" else _number("--micro-batches", word) for word in options.micro_batches.split(",")],
     )
     if not chosen:
         raise ConfigError("command line: strategy single works on one rank only, so no layout is left")
     with tempfile.TemporaryDirectory(prefix="shardtune-layouts-") as folder:
         print(
-            verify(config, chosen, options.steps, options.tolerance, Path(folder), functools.partial(print, flush=True))
+            verify(
+                config,
+                chosen,
+                _number("--steps", options.steps),
+                options.tolerance,
+                Path(folder),
+                functools.partial(print, flush=True),
+            )
         )
     return 0
 

@@ -118,7 +118,7 @@ class SourceConfig(Section):
 
     path: Path
     """Like `data.train`: a file, a glob, a folder, a hub id, or docs:python."""
-    weight: Annotated[float, Field(gt=0.0)] | None = None
+    weight: Annotated[float, Field(gt=0.0, le=1000.0)] | None = None
     """How often an epoch visits each of its examples: 2 is twice, 0.5 every other epoch. Of a stream: its part of the
     examples, beside the weights of the others."""
     tokens: Annotated[float, Field(gt=0.0, le=1.0)] | None = None

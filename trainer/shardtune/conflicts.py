@@ -39,6 +39,8 @@ def conflicts(config: Config) -> Iterator[tuple[str, str]]:
         given = [key for key in (examples, tokens) if getattr(config.batch, key) is not None]
         if len(given) != 1:
             yield f"batch.{tokens}", f"give exactly one of batch.{examples} and batch.{tokens}"
+    if model.attention == "flash_attention_2" and model.dtype == "float32":
+        yield "model.attention", "flash_attention_2 computes in 16 bits only; use model.dtype: bfloat16, or sdpa"
     if config.data.batching == "packed":
         if task.kind == "classification":
             yield "data.batching", "classifiers give one label a row, so texts cannot share one; use grouped"

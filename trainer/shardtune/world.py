@@ -101,6 +101,10 @@ class World:
             raise FailedElsewhere(answer["failed"])
         return answer["result"]
 
+    def first_to_say(self, name: str) -> bool:
+        """Whether no other rank has asked this before, for a message that one of them should print."""
+        return self.store is None or self.store.add(f"said/{name}", 1) == 1
+
     def _wait_for_readers(self, key: str) -> None:
         """The store may live in this process: it must not end before the others know why."""
         assert self.store is not None

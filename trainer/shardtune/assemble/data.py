@@ -55,6 +55,8 @@ def make_fields(task: TaskConfig) -> Fields:
 def make_mixture(config: Config) -> Mixture | None:
     """How the sources of a stream are mixed; None where one comes after the other."""
     sources = config.data.sources
+    if len(sources) == 1:
+        return None
     parts = [source.tokens or source.weight or 0.0 for source in sources]
     if not sum(parts):
         return None

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from shardtune.config import Config
 from shardtune.config_file import dump_config
-from shardtune.errors import NumbersError
+from shardtune.conflicts import conflicts
+from shardtune.errors import ConfigError, NumbersError
 from shardtune.spawn import spawn
 from shardtune.text_table import table
 
@@ -47,7 +48,7 @@ def layouts(
     """All combinations that can work, by rank count."""
     return [
         Layout(*chosen)
-        for chosen in product(sorted(set(ranks)), strategies, batchings, micro_batches)
+        for chosen in dict.fromkeys(product(sorted(ranks), strategies, batchings, micro_batches))
         if chosen[0] == 1 or chosen[1] != "single"
     ]
 
@@ -58,15 +59,18 @@ def verify(
     """Trains `steps` steps under every layout, in float32 and without dropout; runs and logs go to `folder`.
 
     Returns a table of the largest relative differences of loss and gradient norm to the first layout, step by step.
-    Raises NumbersError with the same table where one is above `tolerance`, and the error of a run that fails.
+    Raises ConfigError for a layout that the config does not allow, NumbersError with the same table where a difference
+    is above `tolerance`, and the error of a run that fails.
     """
+    written = {layout: _write(config, layout, steps, folder) for layout in chosen}
     for ranks in dict.fromkeys(layout.ranks for layout in chosen):
-        files = [_write(config, layout, steps, folder) for layout in chosen if layout.ranks == ranks]
+        files = [file for layout, file in written.items() if layout.ranks == ranks]
         say(f"{len(files)} layouts on {ranks} rank{'s' * (ranks > 1)}")
         code = spawn([sys.executable, "-m", "shardtune.assemble.many", *map(str, files)], ranks, 1, 0, None)
         if code:
             unfinished = [layout.name for layout in chosen if not (folder / "runs" / layout.name / "final").is_dir()]
-            raise _Failed(code, f"layout {unfinished[0]} failed, after {len(chosen) - len(unfinished)} that did not")
+            failed = f"layout {unfinished[0]} failed" if unfinished else "the ranks failed after the last layout"
+            raise _Failed(code, f"{failed}; {len(chosen) - len(unfinished)} layouts came to their end")
     courses = {layout: list(_course(folder / "runs" / layout.name)) for layout in chosen}
     differences = {layout: compare(courses[layout], courses[chosen[0]]) for layout in chosen}
     worst = Difference(*(max(column) for column in zip(*differences.values(), strict=True)))
@@ -122,8 +126,10 @@ def _write(config: Config, layout: Layout, steps: int, folder: Path) -> Path:
     else:
         share = -(-config.batch.examples // (layout.ranks * layout.micro_batches))
         batch |= {"micro_examples": share, "micro_tokens": None}
+    given = config.model.attention  # flash attention computes in 16 bits only
+    attention = "sdpa" if given == "flash_attention_2" else given
     changes: dict[str, dict[str, Any]] = {
-        "model": {"dtype": "float32", "dropout": 0.0},
+        "model": {"dtype": "float32", "dropout": 0.0, "attention": attention},
         "data": {"batching": layout.batching},
         "batch": batch,
         "tuning": {"dropout": 0.0} if hasattr(config.tuning, "dropout") else {},
@@ -137,6 +143,9 @@ def _write(config: Config, layout: Layout, steps: int, folder: Path) -> Path:
     for section, keys in changes.items():
         values[section] |= keys
     values |= {"name": layout.name, "runs": str(folder / "runs")}
+    changed = Config.model_validate(values)
+    for key, problem in conflicts(changed):
+        raise ConfigError(f"command line: layout {layout.name} cannot be: {key}: {problem}")
     path = folder / f"{layout.name}.yaml"
-    path.write_text(dump_config(Config.model_validate(values)), encoding="utf-8")
+    path.write_text(dump_config(changed), encoding="utf-8")
     return path

@@ -14,8 +14,9 @@ from pathlib import Path
 from shardtune.assemble.data import read_texts
 from shardtune.assemble.run import quiet_libraries, train_run
 from shardtune.config_file import load_config
+from shardtune.data.corpus import Corpus
 from shardtune.exit_codes import guarded
-from shardtune.world import join_world
+from shardtune.world import World, join_world
 
 
 def train_many(files: Sequence[str]) -> int:
@@ -24,6 +25,13 @@ def train_many(files: Sequence[str]) -> int:
     Raises ShardtuneError with the first run that fails.
     """
     world = join_world()
+    with world.others_may_end():
+        _train_each(files, world)
+    world.close()
+    return 0
+
+
+def _train_each(files: Sequence[str], world: World) -> None:
     for number, file in enumerate(files, 1):
         begun = time.monotonic()
         config = load_config(Path(file), [])
@@ -31,14 +39,13 @@ def train_many(files: Sequence[str]) -> int:
         log.parent.mkdir(parents=True, exist_ok=True)
         out = log.open("w", encoding="utf-8") if world.is_first else contextlib.nullcontext(sys.stderr)
         with out as stream, contextlib.redirect_stderr(stream):
-            corpus = read_texts(config) if world.is_first else None
+            read: list[Corpus] = []
+            world.first_does("texts", lambda config=config, read=read: read.append(read_texts(config)))
             with quiet_libraries():
-                train_run(config, world, corpus, sys.argv)
+                train_run(config, world, read[0] if read else None, sys.argv)
         if world.is_first:
             sys.stdout.write(f"[{number}/{len(files)}] {config.name}: {time.monotonic() - begun:.1f} s\n")
             sys.stdout.flush()
-    world.close()
-    return 0
 
 
 if __name__ == "__main__":

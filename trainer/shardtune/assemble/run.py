@@ -110,7 +110,7 @@ def train_run(config: Config, world: World, corpus: Corpus | None, command_line:
     strategy.prepare(model, weights, make_optimizer)
     if config.data.batching == "packed":
         vocabulary = prepared.architecture.get_text_config().vocab_size
-        check_isolation(prepared.task, strategy, vocabulary, world.device, config.model.path)
+        check_isolation(prepared.task, strategy, vocabulary, world.device, dtype != torch.float32, config.model.path)
     model.train()
     world.seed_everything(config.seed)
 
@@ -158,8 +158,8 @@ def train_run(config: Config, world: World, corpus: Corpus | None, command_line:
             folder / "final", model, strategy, weights, prepared.tokenizer, prepared.labels, skeleton.stored_dtype,
             tuning.makes_adapter, world.is_first,
         )  # fmt: skip
-    except DataError as error:  # of a stream, which every rank reads
-        if not world.is_first:
+    except DataError as error:  # of a stream, which every rank reads, each perhaps from a file of its own
+        if not world.first_to_say("stream"):
             raise FailedElsewhere(error.exit_code) from None
         raise DataError(
             f"{error}\nThis was found after {state.step} of {total_steps} steps. Their metrics and evaluations are in "
@@ -228,7 +228,7 @@ def make_skeleton(config: Config, prepared: Prepared, path: str, pretrained: boo
     )  # fmt: skip
     quicken_dropout(skeleton.model)
     if config.data.batching == "packed":
-        keep_apart(skeleton.model, path, flash=model.attention == "flash_attention_2")
+        keep_apart(skeleton.model, path, _longest(config), flash=model.attention == "flash_attention_2")
     return skeleton
 
 
@@ -274,6 +274,13 @@ def saved_labels(folder: Path) -> list[str]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
 
+def _longest(config: Config) -> int:
+    """Tokens that one row of the model may have for one example."""
+    source, target = config.task.max_source_tokens, getattr(config.task, "max_target_tokens", 0)
+    together = config.task.kind == "causal" and getattr(config.task, "text", None) is None and not is_chat(config.task)
+    return source + target if together else max(source, target)
+
+
 def _check_positions(config: Config, architecture: PreTrainedConfig) -> None:
     """Models with a learned vector for each position have only so many; relative and rotary ones go on.
 
@@ -286,10 +293,8 @@ def _check_positions(config: Config, architecture: PreTrainedConfig) -> None:
         return
     if "roberta" in architecture.model_type:  # its positions begin after the padding index
         positions -= (architecture.pad_token_id or 0) + 1
-    source, target = config.task.max_source_tokens, getattr(config.task, "max_target_tokens", 0)
-    together = config.task.kind == "causal" and getattr(config.task, "text", None) is None and not is_chat(config.task)
-    longest = source + target if together else max(source, target)
-    if longest > positions:
+    if (longest := _longest(config)) > positions:
+        together = longest > max(config.task.max_source_tokens, getattr(config.task, "max_target_tokens", 0))
         keys = "task.max_source_tokens and task.max_target_tokens together" if together else "task.max_source_tokens"
         raise ConfigError(f"{keys}: {longest} tokens are more than the {positions} positions of {config.model.path}")
 

@@ -108,9 +108,9 @@ def describe_sources(config: Config, table: TokenTable | None, counts: Sequence[
         for index, source in enumerate(sources):
             yield f"  stream of {source.path}" + (f": {mixture.shares[index]:.1%} of the {unit}" if mixture else "")
         return
+    parts = portions(sources, table, counts)  # raises what is wrong with them
     if len(sources) < 2:
         return
-    parts = portions(sources, table, counts)
     examples = [part.examples * part.weight for part in parts]
     tokens = [part.weight * count for part, count in zip(parts, tokens_of(table, counts), strict=True)]
     for source, part, visits, some in zip(sources, parts, examples, tokens, strict=True):

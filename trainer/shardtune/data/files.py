@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from shardtune.data.kinds import kind
 from shardtune.errors import DataError
 
 LONGEST_COLUMN_NAME = 200
@@ -72,7 +73,7 @@ def _json(path: Path) -> Iterator[Row]:
         raise DataError(f"{path}: not valid JSON: {_reason(error)}") from error
     items = value.get("data") if isinstance(value, dict) else value
     if not isinstance(items, list):
-        raise DataError(f'{path}: {_kind(value)}, not a list of objects or an object with a list "data"')
+        raise DataError(f'{path}: {kind(value)}, not a list of objects or an object with a list "data"')
     for number, item in enumerate(items, 1):
         place = f"{path}:row {number}"
         yield Row(place, _checked(item, place))
@@ -163,23 +164,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def _checked(value: object, place: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise DataError(f"{place}: the row is {_kind(value)}, not an object with named fields")
+        raise DataError(f"{place}: the row is {kind(value)}, not an object with named fields")
     return value
-
-
-def _kind(value: object) -> str:
-    """What JSON calls the type of `value`."""
-    if value is None:
-        return "null"
-    names = {
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        str: "a string",
-        list: "a list",
-        dict: "an object",
-    }
-    return names[type(value)]
 
 
 def _reason(error: Exception) -> str:

@@ -70,7 +70,14 @@ def conversation(messages: Any, tools: Any, field: str, tools_field: str | None)
     for number, schema in enumerate(schemas, 1):
         if not isinstance(schema, dict):
             raise DataError(f"{tools_field}: tool {number}: {kind(schema)}, not an object with the tool's schema")
-    return Conversation(turns, list(schemas))
+    return Conversation(turns, [_without_nulls(schema) for schema in schemas])
+
+
+def _without_nulls(value: Any) -> Any:
+    """Tables give every row the fields of all rows, and null where a row has none."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _list(value: Any, field: str, what: str) -> Sequence[Any]:
@@ -91,7 +98,9 @@ def _list(value: Any, field: str, what: str) -> Sequence[Any]:
 def _turn(value: Any, where: str) -> Turn:
     if not isinstance(value, dict):
         raise DataError(f'{where}: {kind(value)}, not an object such as {{"role": "user", "content": "…"}}')
-    given = {key: item for key, item in value.items() if item is not None}
+    given = _without_nulls(value)
+    if "weight" in given and not given.pop("weight"):
+        raise DataError(f"{where}: weight 0; every turn of the assistant is learned, so leave the conversation out")
     if "role" not in given and "from" in given:
         return _from_sharegpt(given, where)
     if "role" not in given:

@@ -62,11 +62,6 @@ class Order:
         """Examples of the first epoch."""
         return self.examples_of(0)
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps of the first epoch."""
-        return self.steps_of(0)
-
     def examples_of(self, epoch: int) -> int:
         """How many examples the epoch visits; epochs differ by at most one for each source."""
         return sum(stop - start for start, stop in self._slices(epoch))

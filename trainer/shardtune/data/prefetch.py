@@ -72,10 +72,6 @@ class Prefetch:
         self._steps.close()
 
     def _work(self) -> None:
-        if self._device.type == "cuda":
-            import torch
-
-            torch.cuda.set_device(self._device)  # else pinning would wake up the first GPU in every process
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self._may_work())
@@ -99,6 +95,9 @@ class Prefetch:
         try:
             step = self._steps.at(epoch, cursor)
             if self._device.type == "cuda":
+                import torch
+
+                torch.cuda.set_device(self._device)  # else pinning would wake up the first GPU in every process
                 step = step._replace(micro_batches=[batch.pin() for batch in step.micro_batches])
         except BaseException as error:
             return error, None

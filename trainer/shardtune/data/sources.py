@@ -52,6 +52,8 @@ def identity(spec: str) -> list[tuple[str, int, int]] | None:
             files = [path] if path.is_dir() else []
         else:
             files = [path] if path.exists() else []
+        if any(path.is_dir() and not is_saved(path) for path in files):
+            return None
         files = [file for path in files for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
         found = [(str(file.resolve()), file.stat()) for file in files if file.is_file()]
     except OSError:

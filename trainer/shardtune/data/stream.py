@@ -206,7 +206,8 @@ def read_judged(
     given = {"validation": validation, "test": test}
     for split, source in given.items():
         if source is not None:
-            parts[split] = list(islice(texts(rows(source, split, stream=True), fields, False, dropped), limit))
+            whole = source.endswith(".json")  # which cannot be streamed, and need not be
+            parts[split] = list(islice(texts(rows(source, split, stream=not whole), fields, False, dropped), limit))
     divided = validation is None and test is None
     wanted = {"train": 1}
     if divided:

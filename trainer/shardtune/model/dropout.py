@@ -36,7 +36,7 @@ class _Dropout(torch.autograd.Function):
 
 def dropout(x: Tensor, rate: float) -> Tensor:
     """As `torch.nn.functional.dropout` in training, for x on a CPU, of any shape; `rate` below 1 is rounded to 2⁻¹⁶."""
-    dropped = round(rate * STEPS)
+    dropped = min(round(rate * STEPS), STEPS - 1)
     return _Dropout.apply(x, dropped) if dropped else x  # pyright: ignore[reportReturnType]
 
 

@@ -24,6 +24,8 @@ from shardtune.model.dropout import dropout as drop
 
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 """What layers may be, where a config lists them; others keep a state along the row, or attend in chunks."""
+STRETCHED = {"dynamic", "longrope"}
+"""Rotary positions with frequencies that depend on the longest example computed at once."""
 SDPA, FLASH = "shardtune_packed_sdpa", "shardtune_packed_varlen"
 """Names for transformers, which takes whatever has `flash` in its name for a library to load."""
 
@@ -76,6 +78,7 @@ def packed_sdpa(
 ) -> tuple[Tensor, None]:
     """Attention of transformers' interface: query [1, heads, row, head width] -> [1, row, heads, head width].
 
+    `attention_mask` is what `_packed_mask` made: as in transformers, the mask says how far one sees, not the module.
     `position_bias`: [1, heads, longest, longest], by position within an example.
     """
     documents = being_read()
@@ -88,6 +91,7 @@ def packed_sdpa(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     _refuse(kwargs)
+    window = _window(attention_mask)
     spread, causal, crossing = _which(module, documents)
     queries = _Gather.apply(query[0].transpose(0, 1), spread.query_index, spread.query_slots)
     keys, values = (_Gather.apply(t[0].transpose(0, 1), spread.key_index, spread.key_slots) for t in (key, value))
@@ -99,7 +103,7 @@ def packed_sdpa(
         k, v = (t[key_at:key_end].unflatten(0, (part.examples, part.keys)).transpose(1, 2) for t in (keys, values))
         query_at, key_at = query_end, key_end
         bias = None if position_bias is None or crossing else position_bias[:, :, : part.queries, : part.keys]
-        mask = _mask(part.hidden, causal, sliding_window, bias, q, k)
+        mask = _mask(part.hidden, causal, window, bias, q, k)
         if k.shape[1] != q.shape[1]:
             k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         out = _attend(q, k, v, mask, dropout, scaling, causal and mask is None)
@@ -151,14 +155,17 @@ def packed_flash(
     from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
     _refuse(kwargs)
+    window = _window(attention_mask)
     _, causal, crossing = _which(module, documents)
     own = documents.source if documents.target is None or not _decodes(module) else documents.target
     read: Lengths = documents.source if crossing else own
-    dtype = torch.get_autocast_dtype("cuda") if query.dtype == torch.float32 else query.dtype
+    # Norms and rotations may leave float32 behind, under autocast.
+    autocast = torch.is_autocast_enabled(query.device.type)
+    dtype = torch.get_autocast_dtype(query.device.type) if autocast else query.dtype
     q, k, v = (t[0].transpose(0, 1).to(dtype) for t in (query, key, value))
     rows = flash_attn_varlen_func(
         q, k, v, own.offsets, read.offsets, own.longest, read.longest, dropout_p=dropout, softmax_scale=scaling,
-        causal=causal, window_size=(-1, -1) if sliding_window is None else (sliding_window - 1, 0),
+        causal=causal, window_size=(-1, -1) if window is None else (window - 1, 0),
     )  # fmt: skip
     return rows.unsqueeze(0), None
 
@@ -211,8 +218,19 @@ def _mask(
 
 
 def _packed_mask(*args: Any, **kwargs: Any) -> Any:
-    """No mask where documents say what may be seen; else the one of SDPA."""
-    return None if being_read() is not None else ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
+    """Where documents say what may be seen, only the width of a sliding window, a scalar; else the mask of SDPA."""
+    if being_read() is None:
+        return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
+    width = kwargs.get("local_size")
+    return None if width is None else torch.tensor(width)
+
+
+def _window(attention_mask: Tensor | None) -> int | None:
+    if attention_mask is None:
+        return None
+    if attention_mask.dim():
+        raise ConfigError("data.batching: packed does not know this model's attention mask; use grouped")
+    return int(attention_mask)
 
 
 AttentionInterface.register(SDPA, packed_sdpa)
@@ -221,11 +239,12 @@ AttentionMaskInterface.register(SDPA, _packed_mask)
 AttentionMaskInterface.register(FLASH, _packed_mask)
 
 
-def keep_apart(model: PreTrainedModel, path: str, flash: bool) -> None:
+def keep_apart(model: PreTrainedModel, path: str, longest: int, flash: bool) -> None:
     """Makes the model attend within examples, whose positions begin at 0; changes nothing while no documents are read.
 
     Decoders are given positions. Encoder-decoders count them by themselves, in the embedding of positions (BART and
-    its kin) or in the relative bias (T5 and its kin). Raises ConfigError for a model with another way.
+    its kin) or in the relative bias (T5 and its kin). `longest`: of the examples, in tokens. Raises ConfigError for a
+    model with another way.
     """
     if not (model._supports_flash_attn if flash else model._supports_sdpa):
         way = "flash_attention_2" if flash else "sdpa"
@@ -233,6 +252,12 @@ def keep_apart(model: PreTrainedModel, path: str, flash: bool) -> None:
     kinds = set(getattr(model.config, "layer_types", None) or ()) - KNOWN_LAYERS
     if kinds or any(isinstance(module, nn.Conv1d) for module in model.modules()):
         raise ConfigError(_cannot(path, model, f"{', '.join(sorted(kinds)) or 'a convolution'} mixes neighbours"))
+    text_config = model.config.get_text_config()
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    first = rope.get("original_max_position_embeddings") or getattr(text_config, "max_position_embeddings", 0)
+    if rope.get("rope_type") in STRETCHED and longest > first:
+        reason = f"its frequencies are those of the longest neighbour, and examples may have more than {first} tokens"
+        raise ConfigError(_cannot(path, model, reason))
     model.set_attn_implementation(FLASH if flash else SDPA)
     if not model.config.is_encoder_decoder:
         if "position_ids" not in inspect.signature(model.forward).parameters:

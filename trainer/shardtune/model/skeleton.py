@@ -144,9 +144,16 @@ def keep_layers(config: PreTrainedConfig, layers: list[int]) -> None:
 
 
 def set_dropout(config: PreTrainedConfig, rate: float) -> None:
-    """Sets every rate of dropout that the architecture has, of whole layers (layerdrop) too."""
-    for name, value in config.to_dict().items():
-        if ("drop" in name) and isinstance(value, int | float) and not isinstance(value, bool):
+    """Sets every rate of dropout that the architecture has, those of its parts too.
+
+    Whole layers are left out by other rates, which a 0 sets to 0 and others leave as they are.
+    """
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            set_dropout(value, rate)
+            continue
+        is_rate = "drop" in name and isinstance(value, int | float) and not isinstance(value, bool)
+        if is_rate and (rate == 0 or not ("layerdrop" in name or "drop_path" in name)):
             setattr(config, name, rate)
 
 
