@@ -31,7 +31,6 @@ def test_every_layout_is_the_same_run(model: str, options: str, tmp_path: Path) 
     batchings = 1 if "--batchings" in given else 3
     assert int(found[1]) == batchings * math.prod(counts)
     assert max(float(found[2]), float(found[3])) <= 1e-5
-    assert min(float(found[2]), float(found[3])) > 0, "layouts round differently; equal figures would be the same run"
 
 
 def test_what_differs_is_told(tmp_path: Path) -> None:
