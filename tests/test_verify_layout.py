@@ -59,6 +59,7 @@ def test_dropout_is_left_out(tmp_path: Path) -> None:
         ("--batchings packd", "--batchings: 'packd' is not one of padded, grouped, packed"),
         ("--strategies fsdp", "--strategies: 'fsdp' is not one of auto, single, ddp, fsdp2, zero1, zero2, zero3"),
         ("--ranks 2 --strategies single", "strategy single works on one rank only"),
+        ("--ranks 1 --micro-batches 1 --batchings packed", "a single layout has nothing to be compared with"),
         ("--steps 0", "--steps: '0' is not a whole number from 1 on"),
         ("--batchings packed model.attention=eager", "model.attention: eager does not keep packed examples apart"),
     ],

@@ -311,6 +311,8 @@ def _verify_layout(options: argparse.Namespace) -> int:
     )
     if not chosen:
         raise ConfigError("command line: strategy single works on one rank only, so no layout is left")
+    if len(chosen) == 1:
+        raise ConfigError("command line: a single layout has nothing to be compared with; give more of them")
     with tempfile.TemporaryDirectory(prefix="shardtune-layouts-") as folder:
         print(
             verify(

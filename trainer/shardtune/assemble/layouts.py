@@ -65,7 +65,7 @@ def verify(
     written = {layout: _write(config, layout, steps, folder) for layout in chosen}
     for ranks in dict.fromkeys(layout.ranks for layout in chosen):
         files = [file for layout, file in written.items() if layout.ranks == ranks]
-        say(f"{len(files)} layouts on {ranks} rank{'s' * (ranks > 1)}")
+        say(f"{len(files)} layout{'s' * (len(files) > 1)} on {ranks} rank{'s' * (ranks > 1)}")
         code = spawn([sys.executable, "-m", "shardtune.assemble.many", *map(str, files)], ranks, 1, 0, None)
         if code:
             unfinished = [layout.name for layout in chosen if not (folder / "runs" / layout.name / "final").is_dir()]
