@@ -10,7 +10,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -140,7 +140,8 @@ class World:
         """Leaves the process group, once all others are here too: the store may live in this process."""
         import torch.distributed as dist
 
-        self.sum([0.0])
+        with suppress(RuntimeError):  # the others were here, and have left
+            self.sum([0.0])
         if dist.is_initialized():
             dist.destroy_process_group()
 
