@@ -13,6 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from epochs import epoch_of
 from shardtune.data.batching.balance import deal_evenly, spread
 from shardtune.data.batching.grouped import Grouped
 from shardtune.data.batching.histogram import fill, first_fit_decreasing, multifit
@@ -30,15 +31,6 @@ def rng() -> random.Random:
     seed = random.randrange(2**32)
     print("seed", seed)
     return random.Random(seed)
-
-
-def epoch_of(order: Order, epoch: int, cursor: int = 0) -> list[NDArray[np.int64]]:
-    """The steps of an epoch from `cursor` on."""
-    found = []
-    while cursor < order.examples:
-        found.append(order.take(epoch, cursor))
-        cursor += len(found[-1])
-    return found
 
 
 # -------------------------------------------------------------------------------------------------- order

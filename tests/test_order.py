@@ -8,8 +8,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
+from epochs import epoch_of
 from shardtune.data.order import Order, Portion, TokenLimit
 
 
@@ -18,16 +18,6 @@ def rng() -> random.Random:
     seed = random.randrange(2**32)
     print("seed", seed)
     return random.Random(seed)
-
-
-def epoch_of(order: Order, epoch: int, cursor: int = 0) -> list[NDArray[np.int64]]:
-    """The steps of an epoch from `cursor` on."""
-    found = []
-    while cursor < order.examples_of(epoch):
-        found.append(order.take(epoch, cursor))
-        cursor += len(found[-1])
-    assert cursor == order.examples_of(epoch)
-    return found
 
 
 def random_sources(rng: random.Random) -> list[Portion]:
