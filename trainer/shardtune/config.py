@@ -1,25 +1,17 @@
 """The config's types: every key, its default and its unit.
 
-The file format (YAML, overrides, errors with their lines) is in `config_file.py`, what cannot go together in
-`conflicts.py`.
+The tuning methods and their options are in `tuning_config.py`, the file format (YAML, overrides, errors with their
+lines) in `config_file.py`, what cannot go together in `conflicts.py`.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-class Section(BaseModel):
-    """A group of keys: unknown keys are refused, values are not coerced, nothing changes after reading."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+from shardtune.section import Positive, Section, Share
+from shardtune.tuning_config import FullConfig, TuningConfig
 
 
 class ModelConfig(Section):
@@ -204,44 +196,6 @@ class BatchConfig(Section):
             replaced = {examples: None for examples, tokens in BATCH_SIZES if values.get(tokens) is not None}
             values = {**replaced, **values}
         return values
-
-
-class FullConfig(Section):
-    """All weights are trained."""
-
-    method: Literal["full"] = "full"
-    """Which parameters are trained."""
-
-
-class FreezeConfig(Section):
-    """Some of the weights are trained, the others stay as they are."""
-
-    method: Literal["freeze"]
-    """Which parameters are trained."""
-    layers: Annotated[int, Field(ge=0)] = 0
-    """How many layers, counted from the input (in the encoder and in the decoder each), stay frozen."""
-    embeddings: bool = True
-    """Freeze the input embeddings (and an output layer tied to them)."""
-    patterns: list[str] = []
-    """Regular expressions; parameters whose name one of them finds stay frozen."""
-
-
-class LoraConfig(Section):
-    """Low-rank adapters beside frozen linear layers (Hu et al. 2021, arXiv:2106.09685)."""
-
-    method: Literal["lora"]
-    """Which parameters are trained."""
-    rank: Positive = 16
-    """Rank of the update."""
-    alpha: Annotated[float, Field(gt=0)] = 32
-    """The update is scaled by alpha / rank."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Share of the adapter's inputs dropped while training."""
-    targets: str | list[str] = "all-linear"
-    """all-linear (all but the output layer), a list of module name endings, or a regular expression."""
-
-
-TuningConfig = Annotated[FullConfig | FreezeConfig | LoraConfig, Field(discriminator="method")]
 
 
 class OptimizerConfig(Section):

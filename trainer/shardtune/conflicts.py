@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from shardtune.config import BATCH_SIZES, CausalConfig, Config, DataConfig, LoraConfig
+from shardtune.config import BATCH_SIZES, CausalConfig, Config, DataConfig
+from shardtune.tuning_config import AdapterSection
 
 
 def conflicts(config: Config) -> Iterator[tuple[str, str]]:
@@ -60,7 +61,7 @@ def conflicts(config: Config) -> Iterator[tuple[str, str]]:
                 "model.tokenizer",
                 "a newly trained tokenizer does not fit pretrained weights; use model.weights: random",
             )
-    if config.model.layers is not None and isinstance(config.tuning, LoraConfig):
+    if config.model.layers is not None and isinstance(config.tuning, AdapterSection):
         yield "model.layers", "an adapter is loaded beside the whole model; use tuning.method: full or freeze"
     if config.model.layers is not None and not config.model.layers:
         yield "model.layers", "keep at least one layer, or leave the key out to keep all"

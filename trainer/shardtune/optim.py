@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -48,20 +48,27 @@ def warmup_steps(warmup: float, total_steps: int) -> int:
     return min(math.ceil(total_steps * warmup), max(total_steps - 1, 0))
 
 
-def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    """Groups for an optimizer: the parameters with weight decay, then biases and norms without it.
+def parameter_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    weight_decay: float,
+    lr_scale: Callable[[str], float] = lambda name: 1.0,
+) -> list[dict[str, Any]]:
+    """Groups for an optimizer: for each learning rate the parameters with weight decay, then biases and norms.
 
-    Biases and norms are the parameters of fewer than two dimensions and those whose name ends in "bias". A
-    group without parameters is left out.
+    Biases and norms are the parameters of fewer than two dimensions and those whose name ends in "bias"; they have no
+    weight decay. A group's `lr_scale` is what its learning rate is multiplied by, see `set_learning_rate`. A group
+    without parameters is left out.
     """
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in named_parameters:
         # Under ZeRO-3 a parameter is empty until it is gathered; DeepSpeed keeps its shape beside it.
         shape = getattr(parameter, "ds_shape", parameter.shape)
-        (others if len(shape) < 2 or name.endswith("bias") else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+        decay = 0.0 if len(shape) < 2 or name.endswith("bias") else weight_decay
+        groups.setdefault((lr_scale(name), decay), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, "lr_scale": scale}
+        for (scale, decay), parameters in sorted(groups.items(), key=lambda item: (item[0][0], -item[0][1]))
+    ]
 
 
 def adamw(
@@ -70,6 +77,7 @@ def adamw(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    lr_scale: Callable[[str], float] = lambda name: 1.0,
 ) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over `named_parameters`, which are all trained.
 
@@ -77,7 +85,7 @@ def adamw(
     default one otherwise. Raises ValueError when there are no parameters.
     """
     named = list(named_parameters)
-    groups = parameter_groups(named, weight_decay)
+    groups = parameter_groups(named, weight_decay, lr_scale)
     fused = all(_can_be_fused(parameter) for _, parameter in named) or None
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
 

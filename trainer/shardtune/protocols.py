@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # so that reading and checking data does not wait for torch
     from torch import Tensor, nn
 
     from shardtune.documents import Documents
+    from shardtune.quantization import Quantization
+    from shardtune.world import World
 
 IGNORED = -100
 """The label of a position that is no target."""
@@ -132,14 +134,31 @@ class Task(Protocol):
 
 
 class Tuning(Protocol):
-    """Which parameters are trained."""
+    """Which parameters are trained, and what they begin as."""
 
     makes_adapter: bool
-    """Whether the result is an adapter beside the base model, or the model itself."""
+    """Whether the result is an adapter that PEFT loads beside the base model, or a model itself."""
+    quantization: Quantization | None
+    """What the frozen linear layers are stored as; None: what the model computes in."""
+    trained_dtype: torch.dtype
+    """What the trained parameters are stored in."""
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Adds what the method adds and sets `requires_grad` of every parameter; the model is on the meta
-        device. Raises ConfigError where nothing matches."""
+        device. Raises ConfigError where nothing matches, or the model cannot be tuned so."""
+        ...
+
+    def initial(self, model: nn.Module, weights: Weights, world: World) -> Weights:
+        """The values of the applied `model` to start from, given those of the unquantized base and of the plain
+        initialization. All ranks call it and get the same."""
+        ...
+
+    def lr_scale(self, name: str) -> float:
+        """What the learning rate of a trained parameter is multiplied by."""
+        ...
+
+    def notes(self) -> list[str]:
+        """Lines to say at the start, after `apply`: what was matched."""
         ...
 
 
@@ -151,7 +170,8 @@ class Weights(Protocol):
         ...
 
     def dtype(self, name: str) -> torch.dtype:
-        """What the parameter is to be stored in: float32 if it is trained, else what the model computes in."""
+        """What the parameter is to be stored in: the method's dtype if it is trained, else what the model computes
+        in."""
         ...
 
 

@@ -14,10 +14,7 @@ from shardtune.config import (
     CausalConfig,
     ClassificationConfig,
     Config,
-    FreezeConfig,
-    LoraConfig,
     TaskConfig,
-    TuningConfig,
 )
 from shardtune.data.batching.grouped import Grouped
 from shardtune.data.batching.packed import Packed
@@ -26,16 +23,13 @@ from shardtune.errors import ConfigError
 from shardtune.layers import layer_names
 from shardtune.model.skeleton import keeps_logits
 from shardtune.model.tokenizer import decoder_start
-from shardtune.protocols import Batching, Budget, Strategy, Task, Tuning
+from shardtune.protocols import Batching, Budget, Strategy, Task
 from shardtune.strategy.replicated import Replicated
 from shardtune.strategy.zero import Zero
 from shardtune.task.causal import Causal
 from shardtune.task.chat import Chat
 from shardtune.task.classification import Classification
 from shardtune.task.seq2seq import Seq2Seq
-from shardtune.tuning.freeze import Freeze
-from shardtune.tuning.full import Full
-from shardtune.tuning.lora import Lora
 from shardtune.world import World
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -64,15 +58,6 @@ def make_task(
 def is_chat(config: TaskConfig) -> bool:
     """Whether the examples are conversations."""
     return isinstance(config, CausalConfig) and config.messages is not None
-
-
-def make_tuning(config: TuningConfig, task: str) -> Tuning:
-    """The method of `tuning.method`."""
-    if isinstance(config, LoraConfig):
-        return Lora(task, config.rank, config.alpha, config.dropout, config.targets)
-    if isinstance(config, FreezeConfig):
-        return Freeze(config.layers, config.embeddings, config.patterns)
-    return Full()
 
 
 def choose_strategy(kind: str, model: nn.Module, world: World, compute_dtype: torch.dtype) -> str:

@@ -30,10 +30,10 @@ from shardtune.assemble.parts import (
     judged_at_once,
     make_strategy,
     make_task,
-    make_tuning,
     metric_names,
 )
 from shardtune.assemble.steps import describe_sources, make_course, make_stream, make_stream_course
+from shardtune.assemble.tunings import make_tuning
 from shardtune.config import Config
 from shardtune.config_file import dump_config
 from shardtune.conversations import contents
@@ -90,21 +90,23 @@ def train_run(config: Config, world: World, corpus: Corpus | None, command_line:
     if config.model.recompute == "full":
         skeleton.model.gradient_checkpointing_enable({"use_reentrant": False})
     dtype = DTYPES[config.model.dtype]
-    weights = skeleton.weights(model, config.seed, dtype)
-    if tuning.makes_adapter and weights.grown:
+    initial = skeleton.weights(model, config.seed, dtype, tuning.trained_dtype)
+    if tuning.makes_adapter and initial.grown:
         raise ConfigError(
             f"model.tokenizer: has {len(prepared.tokenizer):,} tokens, more than {config.model.path}; an adapter would "
             "not hold the new ones. Use tuning.method: full, or the model's own tokenizer"
         )
+    weights = tuning.initial(model, initial, world)
     # One rank decides: cards may differ, and all must choose alike.
     kind = world.first_does("strategy", lambda: choose_strategy(config.strategy.kind, model, world, dtype))
-    facts = _facts(config, world, prepared, skeleton, model, kind)
+    facts = _facts(config, world, prepared, skeleton, model, kind, tuning.notes())
     make_optimizer = functools.partial(
         optim.adamw,
         lr=config.optimizer.lr,
         betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
         eps=config.optimizer.eps,
         weight_decay=config.optimizer.weight_decay,
+        lr_scale=tuning.lr_scale,
     )
     strategy = make_strategy(kind, model, world, dtype)
     strategy.prepare(model, weights, make_optimizer)
@@ -320,7 +322,15 @@ def _tokenize(
     return folders
 
 
-def _facts(config: Config, world: World, prepared: Prepared, skeleton: Skeleton, model: nn.Module, kind: str) -> str:
+def _facts(
+    config: Config,
+    world: World,
+    prepared: Prepared,
+    skeleton: Skeleton,
+    model: nn.Module,
+    kind: str,
+    notes: Sequence[str],
+) -> str:
     """A few lines at the start: what is trained on what, and what was left out."""
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -331,6 +341,7 @@ def _facts(config: Config, world: World, prepared: Prepared, skeleton: Skeleton,
     lines = [
         f"{config.name}: {type(skeleton.model).__name__} ({weights}), {config.task.kind}, {config.tuning.method}: "
         f"{trained:,} of {total:,} parameters trained",
+        *(f"  {note}" for note in notes),
         f"{kind} on {world.size} rank{'s' * (world.size > 1)} ({_device_name(world.device)}), {config.model.dtype}; "
         + steps,
         f"examples: {counts or 'a stream'}" + (f"; {len(prepared.labels):,} labels" if prepared.labels else ""),

@@ -63,9 +63,15 @@ class Skeleton:
                 sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.dtype.itemsize * torch.Size(entry.shape).numel()
         return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
 
-    def weights(self, tuned: nn.Module, seed: int, compute_dtype: torch.dtype) -> InitialWeights:
+    def weights(
+        self,
+        tuned: nn.Module,
+        seed: int,
+        compute_dtype: torch.dtype,
+        trained_dtype: torch.dtype = torch.float32,
+    ) -> InitialWeights:
         """The initial values of `tuned`, which is `model` after a tuning method was applied to it."""
-        return InitialWeights(tuned, self.recorder, self.entries, seed, compute_dtype)
+        return InitialWeights(tuned, self.recorder, self.entries, seed, compute_dtype, trained_dtype)
 
 
 def load_architecture(path: str, task: str, trust_remote_code: bool) -> PreTrainedConfig:

@@ -29,6 +29,7 @@ class InitialWeights:
         entries: dict[str, Entry],
         seed: int,
         compute_dtype: torch.dtype,
+        trained_dtype: torch.dtype,
     ) -> None:
         self._seed = seed
         self._entries = entries
@@ -42,7 +43,7 @@ class InitialWeights:
             recipe.name = recipe.name or name
             self._recipes[name] = recipe
             self._elements[name] = parameter.numel()
-            self._dtypes[name] = torch.float32 if parameter.requires_grad else compute_dtype
+            self._dtypes[name] = trained_dtype if parameter.requires_grad else compute_dtype
             entry = entries.get(recipe.name)
             if entry is not None:
                 stored = math.prod(entry.shape)
@@ -63,7 +64,7 @@ class InitialWeights:
         return [name for name, stored in self._tails.items() if stored < self._elements[name]]
 
     def dtype(self, name: str) -> torch.dtype:
-        """float32 for trained parameters, the compute dtype for frozen ones."""
+        """The method's for trained parameters, the compute dtype for frozen ones."""
         return self._dtypes[name]
 
     def read(self, name: str, start: int, stop: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from shardtune.protocols import MakeOptimizer, Weights
-from shardtune.strategy.gradients import scale_in_place, sharded_norm
+from shardtune.strategy.gradients import scale_in_place, set_learning_rate, sharded_norm
 from shardtune.strategy.parameters import fill, move_buffers, replace_parameters, trained_parameters
 from shardtune.world import World
 
@@ -83,8 +83,7 @@ class Fsdp2:
     def step(self, lr: float, scale: float) -> None:
         """Updates this rank's part of the parameters."""
         scale_in_place(self._gradients(), scale)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self._optimizer, lr)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 

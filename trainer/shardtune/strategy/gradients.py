@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,3 +46,9 @@ def scale_in_place(tensors: Iterable[Tensor], scale: float) -> None:
     if scale != 1.0:
         for tensor in tensors:
             tensor.mul_(scale)
+
+
+def set_learning_rate(optimizer: Any, lr: float) -> None:
+    """Sets that of the next step in every group, times the group's own `lr_scale`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from shardtune.protocols import MakeOptimizer, Weights
-from shardtune.strategy.gradients import scale_in_place, squared_norm
+from shardtune.strategy.gradients import scale_in_place, set_learning_rate, squared_norm
 from shardtune.strategy.parameters import materialize, trained_parameters
 from shardtune.world import World
 
@@ -69,8 +69,7 @@ class Replicated:
     def step(self, lr: float, scale: float) -> None:
         """Updates the parameters and clears the gradients."""
         scale_in_place(self._gradients(), scale)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self._optimizer, lr)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=self._world.size == 1)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from shardtune.protocols import MakeOptimizer, Weights
-from shardtune.strategy.gradients import scale_in_place, sharded_norm
+from shardtune.strategy.gradients import scale_in_place, set_learning_rate, sharded_norm
 from shardtune.strategy.parameters import fill, materialize, move_buffers, replace_parameters, trained_parameters
 from shardtune.world import World
 
@@ -132,8 +132,7 @@ class Zero:
     def step(self, lr: float, scale: float) -> None:
         """Updates this rank's part of the master weights, then the parameters everywhere."""
         scale_in_place(self._gradients(), scale)
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self._engine.optimizer, lr)
         self._engine.step()
 
     @contextmanager

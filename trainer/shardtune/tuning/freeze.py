@@ -10,16 +10,15 @@ from transformers import PreTrainedModel
 
 from shardtune.errors import ConfigError
 from shardtune.layers import layer_stacks
+from shardtune.tuning.method import Method
 
 
-class Freeze:
+class Freeze(Method):
     """Implements the Tuning protocol.
 
     Frozen are the first `layers` layers of every stack (encoder and decoder each), the input embeddings and whatever
     is tied to them if `embeddings`, and the parameters whose names a regular expression of `patterns` finds.
     """
-
-    makes_adapter = False
 
     def __init__(self, layers: int, embeddings: bool, patterns: Sequence[str]) -> None:
         self._layers = layers

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
+from shardtune.tuning.method import Method
 
-class Full:
+
+class Full(Method):
     """Implements the Tuning protocol."""
-
-    makes_adapter = False
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Every parameter of `model` is trained."""

@@ -1,0 +1,22 @@
+"""Which class each value of `tuning.method` stands for."""
+
+from __future__ import annotations
+
+from shardtune.protocols import Tuning
+from shardtune.tuning.freeze import Freeze
+from shardtune.tuning.full import Full
+from shardtune.tuning.lora import Lora
+from shardtune.tuning_config import FreezeConfig, FullConfig, LoraConfig, TuningConfig
+
+
+def make_tuning(config: TuningConfig, task: str) -> Tuning:
+    """The method of `tuning.method`."""
+    match config:
+        case FullConfig():
+            return Full()
+        case FreezeConfig():
+            return Freeze(config.layers, config.embeddings, config.patterns)
+        case LoraConfig():
+            return Lora(task, config.rank, config.alpha, config.dropout, config.targets)
+        case _:
+            raise NotImplementedError(config.method)
