@@ -16,6 +16,13 @@ from shardtune.tuning_config import (
 )
 
 
+def quantization_of(config: TuningConfig) -> Quantization | None:
+    """What the method stores the base's linear layers as."""
+    if isinstance(config, FourBitSection | QuantizedSection):
+        return Quantization(config.quantization, config.double_quant)
+    return None
+
+
 def make_tuning(config: TuningConfig, task: str) -> Tuning:
     """The method of `tuning.method`."""
     match config:
@@ -26,7 +33,6 @@ def make_tuning(config: TuningConfig, task: str) -> Tuning:
         case LoraConfig():
             return Lora(task, config.rank, config.alpha, config.dropout, config.targets)
         case QloraConfig():
-            quantization = Quantization(config.quantization, config.double_quant)
-            return Lora(task, config.rank, config.alpha, config.dropout, config.targets, quantization)
+            return Lora(task, config.rank, config.alpha, config.dropout, config.targets, quantization_of(config))
         case _:
             raise NotImplementedError(config.method)
