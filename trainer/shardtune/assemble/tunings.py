@@ -8,10 +8,12 @@ from shardtune.tuning.freeze import Freeze
 from shardtune.tuning.full import Full
 from shardtune.tuning.lora import Lora
 from shardtune.tuning_config import (
+    FourBitSection,
     FreezeConfig,
     FullConfig,
     LoraConfig,
     QloraConfig,
+    QuantizedSection,
     TuningConfig,
 )
 
