@@ -50,7 +50,7 @@ def stored(model: nn.Module) -> Stored:
 
 
 def describe_stored(ranks: list[Stored]) -> str:
-    """A table of what each rank holds, in megabytes; columns without anything are left out, ranks alike share a line."""
+    """A table of what each rank holds, in megabytes; without empty columns, ranks alike in one line."""
     names = [name for name in Stored._fields if any(getattr(rank, name) for rank in ranks)]
     alike: dict[Stored, list[str]] = {}
     for index, rank in enumerate(ranks):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,21 @@ def held_bytes(parameter: nn.Parameter) -> int:
         return to_local().nbytes
     partition = getattr(parameter, "ds_tensor", None)
     return parameter.nbytes + (partition.nbytes if partition is not None else 0)
+
+
+def parts(model: nn.Module, blocks: Collection[str]) -> list[nn.Module]:
+    """The largest modules that hold no more than one of `blocks`, the names of the model's layers: these themselves,
+    and those with none in them. Every parameter is in one of them, but for those that a module around layers has
+    itself."""
+    around = {"", *(name.rpartition(".")[0] for name in blocks)}
+    for name in list(around):
+        pieces = name.split(".")
+        around |= {".".join(pieces[:length]) for length in range(len(pieces))}
+    modules = dict(model.named_modules())
+    return [
+        module for name, module in modules.items()
+        if name not in around and name.rpartition(".")[0] in around and any(True for _ in module.parameters())
+    ]  # fmt: skip
 
 
 def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
