@@ -30,6 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "nf4": {"method": "qlora", "rank": 4},
     "fp4": {"method": "qlora", "rank": 4, "quantization": "fp4", "double_quant": False, "targets": "attention"},
     "int8": {"method": "qlora", "rank": 4, "quantization": "int8"},
+    "bf16": {"method": "qlora", "rank": 4},
 }
 
 
@@ -60,8 +61,10 @@ RUNS = [
     *spread("bert", "nf4", ["fsdp2"], []),
     *spread("llama", "fp4", ["fsdp2", "zero3"], []),
     *spread("t5", "int8", ["fsdp2", "zero3"], []),
+    *spread("llama", "bf16", ["ddp", "fsdp2", "zero2", "zero3"], []),
+    *spread("t5", "bf16", ["fsdp2", "zero3"], []),
 ]
-SINGLE = [run for run in RUNS if run.strategy == "single"]
+SINGLE = [run for run in RUNS if run.strategy == "single" and run.method != "bf16"]
 OTHERS = [run for run in RUNS if run.strategy != "single"]
 
 
@@ -99,6 +102,7 @@ class Done:
             "duration__steps": STEPS,
             "strategy__kind": which.strategy,
             "evaluation__examples": 6,
+            "model__dtype": "bfloat16" if which.method == "bf16" else "float32",
             "tuning": METHODS[which.method],
             **options,
         }
@@ -157,6 +161,10 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
 def test_same_run_as_on_one_process(done: Done, which: Run) -> None:
     mine, first = done.steps(which), done.steps(which.single)
     assert len(mine) == STEPS
+    if which.method == "bf16":  # strategies round in other places
+        for ours, theirs in zip(mine, first, strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.03), (done.seed, ours["step"])
+        return
     for ours, theirs in zip(mine, first, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4), (done.seed, ours["step"])
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3), (done.seed, ours["step"])

@@ -61,6 +61,16 @@ def fill_buffers(model: nn.Module, weights: Weights, device: torch.device) -> No
             module._buffers[key] = buffer.to(device)
 
 
+def held_bytes(parameter: nn.Parameter) -> int:
+    """What this rank holds of a parameter between steps: all of it, its part of a DTensor, or its part under ZeRO-3
+    (and all of it, too, where DeepSpeed keeps it whole because it is small)."""
+    to_local = getattr(parameter.data, "to_local", None)
+    if to_local is not None:
+        return to_local().nbytes
+    partition = getattr(parameter, "ds_tensor", None)
+    return parameter.nbytes + (partition.nbytes if partition is not None else 0)
+
+
 def parts(model: nn.Module, blocks: Collection[str]) -> list[nn.Module]:
     """The largest modules that hold no more than one of `blocks`, the names of the model's layers: these themselves,
     and those with none in them. Every parameter is in one of them, but for those that a module around layers has

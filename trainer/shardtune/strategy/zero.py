@@ -25,6 +25,10 @@ from shardtune.strategy.parameters import (
 )
 from shardtune.world import World
 
+KEPT_WHOLE = 100_000
+"""Elements of the largest parameter that stage 3 keeps whole on every rank, as it is DeepSpeed's default; less where a
+frozen matrix is smaller, which is split in any case."""
+
 
 class Zero:
     """Implements the Strategy protocol over a DeepSpeed engine.
@@ -48,6 +52,7 @@ class Zero:
         self._blocks = blocks
         self._dtype = compute_dtype
         self._stage = stage
+        self._kept_whole = KEPT_WHOLE
         self.in_step = stage == 3
 
     def prepare(self, model: nn.Module, weights: Weights, make_optimizer: MakeOptimizer | None) -> None:
@@ -85,7 +90,11 @@ class Zero:
         return {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
-            "zero_optimization": {"stage": self._stage, "overlap_comm": self._world.device.type == "cuda"},
+            "zero_optimization": {
+                "stage": self._stage,
+                "overlap_comm": self._world.device.type == "cuda",
+                "stage3_param_persistence_threshold": self._kept_whole,
+            },
             "bf16": {"enabled": self._dtype == torch.bfloat16},
             "data_types": {"grad_accum_dtype": accumulate_in},
             "communication_data_type": "fp32",
@@ -100,6 +109,8 @@ class Zero:
         import deepspeed
 
         holder = nn.Module()
+        frozen = [p.numel() for p in model.parameters() if p.dim() > 1 and not p.requires_grad]
+        self._kept_whole = min([KEPT_WHOLE, *(numel - 1 for numel in frozen)])
 
         def make(name: str, parameter: nn.Parameter) -> nn.Parameter:
             data = torch.empty(parameter.shape, dtype=self._dtype, device=self._world.device)
