@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from shardtune.config import BATCH_SIZES, CausalConfig, Config, DataConfig
-from shardtune.tuning_config import AdapterSection
+from shardtune.tuning_config import AdapterSection, EvaConfig, PissaConfig
 
 
 def conflicts(config: Config) -> Iterator[tuple[str, str]]:
@@ -63,6 +63,13 @@ def conflicts(config: Config) -> Iterator[tuple[str, str]]:
             )
     if config.model.layers is not None and isinstance(config.tuning, AdapterSection):
         yield "model.layers", "an adapter is loaded beside the whole model; use tuning.method: full or freeze"
+    if isinstance(config.tuning, PissaConfig) and config.tuning.dropout > 0:
+        yield (
+            "tuning.dropout",
+            "pissa's adapters are a part of the weight, which dropout would take away; leave it 0, or use lora",
+        )
+    if isinstance(config.tuning, EvaConfig) and config.data.streaming:
+        yield "tuning.method", "eva reads training examples before the first step, which a stream does not allow"
     if config.model.layers is not None and not config.model.layers:
         yield "model.layers", "keep at least one layer, or leave the key out to keep all"
     if config.evaluation.metrics is not None:

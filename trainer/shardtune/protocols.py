@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # so that reading and checking data does not wait for torch
     import numpy as np
     import torch
     from numpy.typing import NDArray
+    from peft import PeftConfig
     from torch import Tensor, nn
 
     from shardtune.documents import Documents
@@ -151,6 +152,10 @@ class Tuning(Protocol):
     def initial(self, model: nn.Module, weights: Weights, world: World) -> Weights:
         """The values of the applied `model` to start from, given those of the unquantized base and of the plain
         initialization. All ranks call it and get the same."""
+        ...
+
+    def result(self, state: dict[str, Tensor], settings: PeftConfig) -> tuple[dict[str, Tensor], PeftConfig]:
+        """The adapter to save: its tensors under PEFT's names and its settings, from what was trained and how."""
         ...
 
     def lr_scale(self, name: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shardtune.errors import StorageError
-from shardtune.protocols import Strategy, Weights
+from shardtune.protocols import Strategy, Tuning, Weights
 
 if TYPE_CHECKING:  # peft takes seconds to import, and most runs train no adapter
     from peft import PeftModel
@@ -32,10 +33,10 @@ def write_result(
     tokenizer: PreTrainedTokenizerBase,
     labels: Sequence[str],
     stored_dtype: torch.dtype,
-    is_adapter: bool,
+    tuning: Tuning,
     is_first: bool,
 ) -> None:
-    """Writes the result of tuning `model`, which has been prepared by `strategy`; all ranks call it.
+    """Writes the result of `tuning` on `model`, which has been prepared by `strategy`; all ranks call it.
 
     An adapter is float32; a model has `stored_dtype`, that of the weights it began from, and what was not trained is
     taken from them unrounded. Raises StorageError on the first rank; the folder is whole or absent.
@@ -50,8 +51,8 @@ def write_result(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         present = ((name, cast(Tensor, tensor)) for name, tensor in trained)
-        if is_adapter:
-            _write_adapter(partial, cast("PeftModel", model), present)
+        if tuning.makes_adapter:
+            _write_adapter(partial, cast("PeftModel", model), present, tuning)
         else:
             base = cast(PreTrainedModel, model)
             _write_model(partial, base, _all_tensors(base, present, weights), stored_dtype)
@@ -116,12 +117,11 @@ def _write_model(
         model.generation_config.save_pretrained(str(folder))
 
 
-def _write_adapter(folder: Path, model: PeftModel, tensors: Iterable[tuple[str, Tensor]]) -> None:
+def _write_adapter(folder: Path, model: PeftModel, tensors: Iterable[tuple[str, Tensor]], tuning: Tuning) -> None:
     from peft.utils import get_peft_model_state_dict
 
     state = get_peft_model_state_dict(model, state_dict=dict(tensors), save_embedding_layers=False)
+    state, settings = tuning.result(state, copy.copy(model.peft_config["default"]))
     save_file({name: t.contiguous() for name, t in state.items()}, str(folder / "adapter_model.safetensors"))
-    settings = model.peft_config["default"]
     settings.inference_mode = True
     settings.save_pretrained(str(folder))
-    settings.inference_mode = False

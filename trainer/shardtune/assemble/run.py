@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from shardtune import optim, run_folder
+from shardtune.assemble.eva import observe_inputs
 from shardtune.assemble.isolation import check_isolation
 from shardtune.assemble.parts import (
     DTYPES,
@@ -55,6 +56,7 @@ from shardtune.result import write_result
 from shardtune.state import TrainingState
 from shardtune.task.chat import Chat
 from shardtune.task.chat_template import set_template
+from shardtune.tuning.eva import Eva
 from shardtune.world import World
 
 ENCODED_AT_ONCE = 4096
@@ -84,10 +86,13 @@ def train_run(config: Config, world: World, corpus: Corpus | None, command_line:
     folder = Path(config.runs) / config.name
     check_device(config, world)
     prepared = prepare(config, world, corpus)
-    skeleton = make_skeleton(config, prepared, config.model.path, config.model.weights == "pretrained")
+    tuning = make_tuning(config.tuning, config.task.kind)
+    build = functools.partial(make_skeleton, config, prepared, config.model.path, config.model.weights == "pretrained")
+    if isinstance(tuning, Eva):
+        observe_inputs(tuning, config, world, build, prepared.task, prepared.tables["train"], prepared.train_counts)
+    skeleton = build()
     if isinstance(prepared.task, Chat):
         prepared.task.stop_at_turns_end(skeleton.model)
-    tuning = make_tuning(config.tuning, config.task.kind)
     dtype = DTYPES[config.model.dtype]
     if tuning.quantization is not None:
         quantize_layers(
@@ -171,7 +176,7 @@ def train_run(config: Config, world: World, corpus: Corpus | None, command_line:
         reporter.evaluate()
         write_result(
             folder / "final", model, strategy, weights, prepared.tokenizer, prepared.labels, skeleton.stored_dtype,
-            tuning.makes_adapter, world.is_first,
+            tuning, world.is_first,
         )  # fmt: skip
     except DataError as error:  # of a stream, which every rank reads, each perhaps from a file of its own
         if not world.first_to_say("stream"):
