@@ -31,6 +31,7 @@ from shardtune.assemble.parts import (
     make_strategy,
     make_task,
     metric_names,
+    of_tasks,
 )
 from shardtune.assemble.steps import describe_sources, make_course, make_stream, make_stream_course
 from shardtune.assemble.tunings import make_tuning
@@ -84,7 +85,8 @@ def train_run(config: Config, world: World, corpus: Corpus | None, command_line:
     skeleton = make_skeleton(config, prepared, config.model.path, config.model.weights == "pretrained")
     if isinstance(prepared.task, Chat):
         prepared.task.stop_at_turns_end(skeleton.model)
-    tuning = make_tuning(config.tuning, config.task.kind)
+    prepared.task = of_tasks(config, prepared.task)
+    tuning = make_tuning(config, prepared.tokenizer)
     with skeleton.recorder:
         model = tuning.apply(skeleton.model)
     if config.model.recompute == "full":
@@ -158,7 +160,7 @@ def train_run(config: Config, world: World, corpus: Corpus | None, command_line:
         reporter.evaluate()
         write_result(
             folder / "final", model, strategy, weights, prepared.tokenizer, prepared.labels, skeleton.stored_dtype,
-            tuning.makes_adapter, world.is_first,
+            functools.partial(tuning.adapter, model) if tuning.makes_adapter else None, world.is_first,
         )  # fmt: skip
     except DataError as error:  # of a stream, which every rank reads, each perhaps from a file of its own
         if not world.first_to_say("stream"):
@@ -204,14 +206,17 @@ def prepare(config: Config, world: World, corpus: Corpus | None, result: Path | 
         set_template(tokenizer, getattr(config.task, "template", None))
     task = make_task(config.task, config.model.path, tokenizer, architecture, labels)
     folders = world.first_does("tables", lambda: _tokenize(config, task, tokenizer, labels, corpus))
-    train_counts = world.first_does("sources", lambda: corpus.train_counts if corpus is not None else [])
+    counts = world.first_does(
+        "sources", lambda: {"train": corpus.train_counts, **corpus.judged_counts} if corpus is not None else {}
+    )
     tables = {}
     for name, folder in folders.items():
         table = open_table(Path(folder))
         if table is None:
             raise DataError(f"{folder}: the tokenized {name} split is not there; do all nodes see this folder?")
+        table.counts = counts.get(name, ())
         tables[name] = table
-    return Prepared(architecture, tokenizer, task, labels, tables, train_counts, corpus)
+    return Prepared(architecture, tokenizer, task, labels, tables, counts["train"], corpus)
 
 
 def name_labels(architecture: PreTrainedConfig, labels: Sequence[str]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from typing import Any
 
-from shardtune.protocols import Weights
+import torch
+from torch import Tensor, nn
+
+from shardtune.protocols import Adapter, Weights
 from shardtune.quantization import Quantization
 from shardtune.world import World
 
@@ -21,6 +23,13 @@ class Method:
         """The values of the base and of the plain initialization."""
         return weights
 
+    def adapter(self, model: nn.Module, trained: dict[str, Tensor]) -> Adapter:
+        """What PEFT itself would save of the trained parameters."""
+        from peft.utils import get_peft_model_state_dict
+
+        tensors = get_peft_model_state_dict(model, state_dict=trained, save_embedding_layers=False)
+        return Adapter(model.peft_config["default"], tensors, {})  # pyright: ignore[reportIndexIssue]
+
     def lr_scale(self, name: str) -> float:
         """The same learning rate for all."""
         return 1.0
@@ -28,3 +37,15 @@ class Method:
     def notes(self) -> list[str]:
         """Nothing."""
         return []
+
+
+def heads_of(model: nn.Module, trained: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The modules beside an adapter that are trained whole, by the names that PEFT gives them in files."""
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    found: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            inside: Any = {n.removeprefix(f"{name}."): t for n, t in trained.items() if n.startswith(f"{name}.")}
+            found |= {f"{name}.{key}": tensor for key, tensor in module.adapter_state_dict("default", inside).items()}
+    return found
