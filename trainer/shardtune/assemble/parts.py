@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -60,6 +62,12 @@ def make_task(
 def of_tasks(config: Config, task: Task) -> Task:
     """The same task; told which of several an example is of, where the method has something for each."""
     return Multitask(task) if isinstance(config.tuning, MultitaskPromptConfig) else task
+
+
+def saved_labels(folder: Path) -> list[str]:
+    """The labels of a classifier's result; empty for other results."""
+    path = folder / "labels.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
 
 def is_chat(config: TaskConfig) -> bool:

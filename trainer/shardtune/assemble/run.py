@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import logging
 import os
 import sys
@@ -21,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from shardtune import optim, run_folder
+from shardtune.assemble.earlier import begin_with, folder_of, take_over
 from shardtune.assemble.isolation import check_isolation
 from shardtune.assemble.parts import (
     DTYPES,
@@ -32,6 +32,7 @@ from shardtune.assemble.parts import (
     make_task,
     metric_names,
     of_tasks,
+    saved_labels,
 )
 from shardtune.assemble.steps import describe_sources, make_course, make_stream, make_stream_course
 from shardtune.assemble.tunings import make_tuning
@@ -81,6 +82,7 @@ def train_run(config: Config, world: World, corpus: Corpus | None, command_line:
     """
     folder = Path(config.runs) / config.name
     check_device(config, world)
+    config = take_over(config)
     prepared = prepare(config, world, corpus)
     skeleton = make_skeleton(config, prepared, config.model.path, config.model.weights == "pretrained")
     if isinstance(prepared.task, Chat):
@@ -98,10 +100,13 @@ def train_run(config: Config, world: World, corpus: Corpus | None, command_line:
             f"model.tokenizer: has {len(prepared.tokenizer):,} tokens, more than {config.model.path}; an adapter would "
             "not hold the new ones. Use tuning.method: full, or the model's own tokenizer"
         )
-    weights = tuning.initial(model, initial, world)
+    weights, notes = tuning.initial(model, initial, world), tuning.notes()
+    if (earlier := folder_of(config)) is not None:
+        weights, taken = begin_with(earlier, config.tuning.method, tuning, model, weights, prepared.labels)
+        notes += taken
     # One rank decides: cards may differ, and all must choose alike.
     kind = world.first_does("strategy", lambda: choose_strategy(config.strategy.kind, model, world, dtype))
-    facts = _facts(config, world, prepared, skeleton, model, kind, tuning.notes())
+    facts = _facts(config, world, prepared, skeleton, model, kind, notes)
     make_optimizer = functools.partial(
         optim.adamw,
         lr=config.optimizer.lr,
@@ -273,12 +278,6 @@ def _labels(corpus: Corpus | None) -> list[str]:
     if len(labels) < 2:
         raise DataError(f"every training example has the label {labels[0]!r}; there is nothing to tell apart")
     return labels
-
-
-def saved_labels(folder: Path) -> list[str]:
-    """The labels of a classifier's result; empty for other results."""
-    path = folder / "labels.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
 
 def _longest(config: Config) -> int:

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from shardtune.assemble.parts import DTYPES, judged_at_once, make_task, metric_names, of_tasks
-from shardtune.assemble.run import evaluated_splits, name_labels, prepare, quiet_libraries, saved_labels
+from shardtune.assemble.parts import DTYPES, judged_at_once, make_task, metric_names, of_tasks, saved_labels
+from shardtune.assemble.run import evaluated_splits, name_labels, prepare, quiet_libraries
 from shardtune.config import ClassificationConfig, Config
 from shardtune.data.corpus import Corpus
 from shardtune.errors import ConfigError

@@ -87,8 +87,13 @@ def read_splits(
             name: [sum(id(example) in kept[name] for example in divided[name]) for divided in divisions]
             for name in NAMES[1:]
         }
-    return Splits(**parts, dropped=dict(dropped), fingerprint=fingerprint_of(parts), train_counts=counts,
-                  judged_counts=judged_counts)
+    return Splits(
+        **parts,
+        dropped=dict(dropped),
+        fingerprint=fingerprint_of(parts),
+        train_counts=counts,
+        judged_counts=judged_counts,
+    )
 
 
 def divide(examples: Iterable[Text], shares: Sequence[float]) -> dict[str, list[Text]]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from shardtune.errors import ConfigError
 from shardtune.protocols import Adapter, Weights
-from shardtune.tuning.front import put_in_front, reads_last_token
+from shardtune.tuning.front import put_in_front
 from shardtune.tuning.method import Method, heads_of
 from shardtune.tuning.targets import PEFT_TASKS, head
 from shardtune.world import World
@@ -161,9 +161,7 @@ class Prompt(VirtualTokens):
 class _Rows:
     """Implements the Weights protocol: one parameter consists of rows of another one, times `scale`."""
 
-    def __init__(
-        self, weights: Weights, name: str, source: str, rows: Sequence[int], width: int, scale: float
-    ) -> None:
+    def __init__(self, weights: Weights, name: str, source: str, rows: Sequence[int], width: int, scale: float) -> None:
         self._weights = weights
         self._name = name
         self._source = source
