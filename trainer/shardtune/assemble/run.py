@@ -35,6 +35,7 @@ from shardtune.assemble.parts import (
     saved_labels,
 )
 from shardtune.assemble.steps import describe_sources, make_course, make_stream, make_stream_course
+from shardtune.assemble.stored import Stored, describe_stored, stored
 from shardtune.assemble.tunings import make_tuning
 from shardtune.config import Config
 from shardtune.config_file import dump_config
@@ -46,6 +47,8 @@ from shardtune.evaluation import Evaluator, Split
 from shardtune.loop import train
 from shardtune.model.dropout import quicken_dropout
 from shardtune.model.packed_attention import keep_apart
+from shardtune.model.quantized import quantize_layers
+from shardtune.model.quantized_weights import QuantizedWeights
 from shardtune.model.skeleton import Skeleton, build_skeleton, load_architecture, set_dropout
 from shardtune.model.tokenizer import fit_config, identity, load_tokenizer, train_tokenizer
 from shardtune.protocols import Task, Text
@@ -88,12 +91,17 @@ def train_run(config: Config, world: World, corpus: Corpus | None, command_line:
     if isinstance(prepared.task, Chat):
         prepared.task.stop_at_turns_end(skeleton.model)
     prepared.task = of_tasks(config, prepared.task)
-    tuning = make_tuning(config, prepared.tokenizer)
+    sources = [source.path for source in config.data.sources]
+    tuning = make_tuning(config.tuning, config.task.kind, prepared.tokenizer, sources, config.seed)
+    dtype = DTYPES[config.model.dtype]
+    if tuning.quantization is not None:
+        quantize_layers(
+            skeleton.model, config.task.kind, skeleton.recorder, tuning.quantization, dtype, config.model.path
+        )
     with skeleton.recorder:
         model = tuning.apply(skeleton.model)
     if config.model.recompute == "full":
         skeleton.model.gradient_checkpointing_enable({"use_reentrant": False})
-    dtype = DTYPES[config.model.dtype]
     initial = skeleton.weights(model, config.seed, dtype, tuning.trained_dtype)
     if tuning.makes_adapter and initial.grown:
         raise ConfigError(
@@ -104,6 +112,8 @@ def train_run(config: Config, world: World, corpus: Corpus | None, command_line:
     if (earlier := folder_of(config)) is not None:
         weights, taken = begin_with(earlier, config.tuning.method, tuning, model, weights, prepared.labels)
         notes += taken
+    if tuning.quantization is not None:
+        weights = QuantizedWeights(model, weights, world.device, world.largest)
     # One rank decides: cards may differ, and all must choose alike.
     kind = world.first_does("strategy", lambda: choose_strategy(config.strategy.kind, model, world, dtype))
     facts = _facts(config, world, prepared, skeleton, model, kind, notes)
@@ -124,9 +134,11 @@ def train_run(config: Config, world: World, corpus: Corpus | None, command_line:
     world.seed_everything(config.seed)
 
     devices = world.gather(_device_name(world.device))
+    held = world.gather(list(stored(model)))
     claim = None
     if world.is_first:
         environment = run_folder.environment(list(command_line), kind, devices)
+        environment["stored_bytes"] = [Stored(*rank)._asdict() for rank in held]
         claim = run_folder.begin(folder, dump_config(config), environment)
     state = TrainingState()
     stream = None
@@ -147,6 +159,8 @@ def train_run(config: Config, world: World, corpus: Corpus | None, command_line:
         config.model_dump(mode="json"),
     )  # fmt: skip
     reporter.progress.say(facts)
+    if tuning.quantization is not None:
+        reporter.progress.say(describe_stored([Stored(*rank) for rank in held]))
     begun = time.monotonic()
     try:
         if config.evaluation.baseline and total_steps > 0:
@@ -336,7 +350,7 @@ def _facts(
     notes: Sequence[str],
 ) -> str:
     """A few lines at the start: what is trained on what, and what was left out."""
-    total = sum(p.numel() for p in model.parameters())
+    total = sum(getattr(p, "unpacked_shape", p.shape).numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     counts = ", ".join(f"{len(table):,} {name}" for name, table in prepared.tables.items() if len(table))
     batch = config.batch
@@ -393,7 +407,7 @@ def quiet_libraries() -> Iterator[None]:
     transformers.logging.disable_progress_bar()
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which peft imports, warns that it chose this
-    for name in ("DeepSpeed", "torch.distributed", "huggingface_hub", "datasets"):
+    for name in ("DeepSpeed", "torch.distributed", "huggingface_hub", "datasets", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         if not sys.warnoptions:

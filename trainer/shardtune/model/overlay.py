@@ -51,3 +51,7 @@ class Overlay:
     def dtype(self, name: str) -> torch.dtype:
         """As without."""
         return self._weights.dtype(name)
+
+    def buffers(self, name: str) -> dict[str, Tensor]:
+        """As without."""
+        return self._weights.buffers(name)

@@ -186,6 +186,10 @@ class _Rows:
         """As without."""
         return self._weights.dtype(name)
 
+    def buffers(self, name: str) -> dict[str, Tensor]:
+        """As without."""
+        return self._weights.buffers(name)
+
 
 class PTuning(VirtualTokens):
     """Trained embeddings before those of the text, computed by a small network (Liu et al. 2021, arXiv:2103.10385)."""
