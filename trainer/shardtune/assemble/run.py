@@ -34,6 +34,7 @@ from shardtune.assemble.parts import (
     of_tasks,
     saved_labels,
 )
+from shardtune.assemble.positions import check_positions, longest_row
 from shardtune.assemble.steps import describe_sources, make_course, make_stream, make_stream_course
 from shardtune.assemble.stored import Stored, describe_stored, stored
 from shardtune.assemble.tunings import make_tuning
@@ -220,7 +221,7 @@ def prepare(config: Config, world: World, corpus: Corpus | None, result: Path | 
     if task_kind == "classification":
         labels = saved_labels(result) if result is not None else world.first_does("labels", lambda: _labels(corpus))
         name_labels(architecture, labels)
-    _check_positions(config, architecture)
+    check_positions(config, architecture)
     if is_chat(config.task) and result is None:  # a result's tokenizer has the template
         set_template(tokenizer, getattr(config.task, "template", None))
     task = make_task(config.task, config.model.path, tokenizer, architecture, labels)
@@ -254,7 +255,7 @@ def make_skeleton(config: Config, prepared: Prepared, path: str, pretrained: boo
     )  # fmt: skip
     quicken_dropout(skeleton.model)
     if config.data.batching == "packed":
-        keep_apart(skeleton.model, path, _longest(config), flash=model.attention == "flash_attention_2")
+        keep_apart(skeleton.model, path, longest_row(config), flash=model.attention == "flash_attention_2")
     return skeleton
 
 
@@ -292,31 +293,6 @@ def _labels(corpus: Corpus | None) -> list[str]:
     if len(labels) < 2:
         raise DataError(f"every training example has the label {labels[0]!r}; there is nothing to tell apart")
     return labels
-
-
-def _longest(config: Config) -> int:
-    """Tokens that one row of the model may have for one example."""
-    source, target = config.task.max_source_tokens, getattr(config.task, "max_target_tokens", 0)
-    together = config.task.kind == "causal" and getattr(config.task, "text", None) is None and not is_chat(config.task)
-    return source + target if together else max(source, target)
-
-
-def _check_positions(config: Config, architecture: PreTrainedConfig) -> None:
-    """Models with a learned vector for each position have only so many; relative and rotary ones go on.
-
-    Raises ConfigError where the token limits go beyond.
-    """
-    known = architecture.to_dict()
-    positions = known.get("max_position_embeddings") or known.get("n_positions")
-    unbounded = known.get("relative_attention_num_buckets") or known.get("rope_parameters") or known.get("rope_theta")
-    if not isinstance(positions, int) or unbounded:
-        return
-    if "roberta" in architecture.model_type:  # its positions begin after the padding index
-        positions -= (architecture.pad_token_id or 0) + 1
-    if (longest := _longest(config)) > positions:
-        together = longest > max(config.task.max_source_tokens, getattr(config.task, "max_target_tokens", 0))
-        keys = "task.max_source_tokens and task.max_target_tokens together" if together else "task.max_source_tokens"
-        raise ConfigError(f"{keys}: {longest} tokens are more than the {positions} positions of {config.model.path}")
 
 
 def _tokenize(

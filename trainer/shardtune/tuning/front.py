@@ -30,7 +30,7 @@ def put_in_front(model: PeftModel) -> None:
     if config.peft_type not in (PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.MULTITASK_PROMPT_TUNING):
         return
     forwards = {"CAUSAL_LM": _continue, "SEQ_2_SEQ_LM": _translate, "SEQ_CLS": _classify}
-    model.forward = partial(forwards[config.task_type], model)
+    model.forward = partial(forwards[str(config.task_type)], model)
     if config.task_type == "CAUSAL_LM":
         model.generate = partial(_generate, model)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from shardtune.protocols import Adapter, Weights
 from shardtune.quantization import Quantization
 from shardtune.world import World
+
+if TYPE_CHECKING:  # takes seconds to import
+    from peft import PeftConfig
 
 
 class Method:
@@ -28,7 +31,7 @@ class Method:
         from peft.utils import get_peft_model_state_dict
 
         tensors = get_peft_model_state_dict(model, state_dict=trained, save_embedding_layers=False)
-        return Adapter(model.peft_config["default"], tensors, {})  # pyright: ignore[reportIndexIssue]
+        return Adapter(settings_of(model), tensors, {})
 
     def lr_scale(self, name: str) -> float:
         """The same learning rate for all."""
@@ -39,6 +42,11 @@ class Method:
         return []
 
 
+def settings_of(model: nn.Module) -> PeftConfig:
+    """PEFT's settings of the adapter in a tuned model."""
+    return cast(Any, model).peft_config["default"]
+
+
 def heads_of(model: nn.Module, trained: dict[str, Tensor]) -> dict[str, Tensor]:
     """The modules beside an adapter that are trained whole, by the names that PEFT gives them in files."""
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -46,6 +54,7 @@ def heads_of(model: nn.Module, trained: dict[str, Tensor]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
-            inside: Any = {n.removeprefix(f"{name}."): t for n, t in trained.items() if n.startswith(f"{name}.")}
-            found |= {f"{name}.{key}": tensor for key, tensor in module.adapter_state_dict("default", inside).items()}
+            inside = {n.removeprefix(f"{name}."): t for n, t in trained.items() if n.startswith(f"{name}.")}
+            saved: dict[str, Tensor] = cast(Any, module).adapter_state_dict("default", inside)
+            found |= {f"{name}.{key}": tensor for key, tensor in saved.items()}
     return found

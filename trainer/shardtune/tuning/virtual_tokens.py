@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from shardtune.errors import ConfigError
 from shardtune.protocols import Adapter, Weights
 from shardtune.tuning.front import put_in_front
-from shardtune.tuning.method import Method, heads_of
+from shardtune.tuning.method import Method, heads_of, settings_of
 from shardtune.tuning.targets import PEFT_TASKS, head
 from shardtune.world import World
 
@@ -53,10 +53,10 @@ class VirtualTokens(Method):
         self.check(model)
         model.requires_grad_(False)
         with torch.device("meta"):  # where the initialization is recorded
-            tuned = get_peft_model(model, self.settings(model))
-        tuned.prompt_tokens["default"] = torch.arange(len(tuned.prompt_tokens["default"]))  # pyright: ignore
-        put_in_front(tuned)  # pyright: ignore[reportArgumentType]
-        return tuned  # pyright: ignore[reportReturnType]
+            tuned: Any = get_peft_model(model, self.settings(model))
+        tuned.prompt_tokens["default"] = torch.arange(len(tuned.prompt_tokens["default"]))
+        put_in_front(tuned)
+        return tuned
 
     def common(self, model: PreTrainedModel) -> dict[str, Any]:
         """Settings of all these methods."""
@@ -70,7 +70,7 @@ class VirtualTokens(Method):
 
     def adapter(self, model: nn.Module, trained: dict[str, Tensor]) -> Adapter:
         """The vectors themselves; the network that computes them, where there is one, goes beside them."""
-        settings = model.peft_config["default"]  # pyright: ignore[reportIndexIssue]
+        settings = settings_of(model)
         encoder = {n.removeprefix(ENCODER): tensor for n, tensor in trained.items() if n.startswith(ENCODER)}
         tensors, beside = self.vectors(settings, encoder)
         return Adapter(settings, tensors | heads_of(model, trained), beside)
