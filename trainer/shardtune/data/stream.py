@@ -228,14 +228,8 @@ def read_judged(
     if not parts["train"]:
         raise DataError(nothing_usable(train, dropped))
     parts["train"] = []
-    return Splits(
-        parts["train"],
-        parts["validation"],
-        parts["test"],
-        dropped={},
-        fingerprint=fingerprint_of(parts),
-        train_counts=[],
-    )
+    train, validation, test = parts.values()
+    return Splits(train, validation, test, dropped={}, fingerprint=fingerprint_of(parts), train_counts=[])
 
 
 def nothing_usable(sources: Sequence[str], dropped: Dropped) -> str:
