@@ -26,6 +26,10 @@ IGNORED = -100
 """The label of a position that is no target."""
 
 
+BESIDE = "trained_encoder.safetensors"
+"""The file of what stands beside an adapter: see `Adapter.beside`."""
+
+
 class Text(NamedTuple):
     """One example as people read it, and where it comes from."""
 
@@ -44,6 +48,8 @@ class Tokens(NamedTuple):
     target: NDArray[np.int32]
     """The tokens to write with their end token, or one class index: each is a target of the loss. Between the turns
     of a conversation stand tokens that are read but not learned, as `~id`, so negative."""
+    origin: int = 0
+    """Which source of the training data it is from."""
 
 
 class Encoded(NamedTuple):
@@ -134,6 +140,18 @@ class Task(Protocol):
         ...
 
 
+class Adapter(NamedTuple):
+    """An adapter as its folder holds it; tensors are whole, on the CPU."""
+
+    settings: PeftConfig
+    """What `adapter_config.json` is to say."""
+    tensors: dict[str, Tensor]
+    """Those of `adapter_model.safetensors`."""
+    beside: dict[str, Tensor]
+    """What PEFT does not read, but a run that goes on from there (`tuning.from`) does: the trained parameters that
+    `tensors` were computed by."""
+
+
 class Tuning(Protocol):
     """Which parameters are trained, and what they begin as."""
 
@@ -154,8 +172,10 @@ class Tuning(Protocol):
         initialization. All ranks call it and get the same."""
         ...
 
-    def result(self, state: dict[str, Tensor], settings: PeftConfig) -> tuple[dict[str, Tensor], PeftConfig]:
-        """The adapter to save: its tensors under PEFT's names and its settings, from what was trained and how."""
+    def adapter(self, model: nn.Module, trained: dict[str, Tensor]) -> Adapter:
+        """The result, where it is an adapter, given the trained parameters, whole and float32, by the names of the
+        applied `model`. The first rank calls it alone. A parameter that is saved as it is stays the same object: so a
+        model on the meta device tells which tensor of a file belongs where."""
         ...
 
     def lr_scale(self, name: str) -> float:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
 from shardtune.assemble.parts import DTYPES
 from shardtune.protocols import Tuning
 from shardtune.quantization import Quantization
@@ -12,6 +17,7 @@ from shardtune.tuning.full import Full
 from shardtune.tuning.loftq import Loftq
 from shardtune.tuning.lora import Lora, LoraPlus
 from shardtune.tuning.pissa import Pissa
+from shardtune.tuning.virtual_tokens import MultitaskPrompt, Prefix, Prompt, PTuning
 from shardtune.tuning_config import (
     DoraConfig,
     EvaConfig,
@@ -22,7 +28,11 @@ from shardtune.tuning_config import (
     LoraConfig,
     LoraPlusConfig,
     LowRankSection,
+    MultitaskPromptConfig,
     PissaConfig,
+    PrefixConfig,
+    PromptConfig,
+    PTuningConfig,
     QdoraConfig,
     QloraConfig,
     QuantizedSection,
@@ -38,8 +48,10 @@ def quantization_of(config: TuningConfig) -> Quantization | None:
     return None
 
 
-def make_tuning(config: TuningConfig, task: str) -> Tuning:
-    """The method of `tuning.method`."""
+def make_tuning(
+    config: TuningConfig, task: str, tokenizer: PreTrainedTokenizerBase, sources: Sequence[str], seed: int
+) -> Tuning:
+    """The method of `tuning.method`; `sources`: names of those of the training data."""
     match config:
         case FullConfig():
             return Full()
@@ -47,6 +59,14 @@ def make_tuning(config: TuningConfig, task: str) -> Tuning:
             return Freeze(config.layers, config.embeddings, config.patterns)
         case LowRankSection():
             return _low_rank(config, task)
+        case PrefixConfig():
+            return Prefix(task, config.virtual_tokens, config.projection, config.hidden_size)
+        case PromptConfig():
+            return Prompt(task, config.virtual_tokens, _prompt_ids(config, tokenizer, seed))
+        case PTuningConfig():
+            return PTuning(task, config.virtual_tokens, config.encoder, config.hidden_size, config.dropout)
+        case MultitaskPromptConfig():
+            return MultitaskPrompt(task, config.virtual_tokens, config.rank, sources)
         case _:
             raise NotImplementedError(config.method)
 
@@ -73,3 +93,11 @@ def _low_rank(config: LowRankSection, task: str) -> Tuning:
             return Eva(*shared, rho=config.rho, examples=config.examples)
         case _:
             raise NotImplementedError(config)
+
+
+def _prompt_ids(config: PromptConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[int]:
+    """The tokens whose embeddings a prompt begins as: those of its text, or random ones."""
+    if config.text is None:
+        generator = np.random.Generator(np.random.PCG64(seed))
+        return generator.integers(len(tokenizer), size=config.virtual_tokens).tolist()
+    return tokenizer(config.text, truncation=False, verbose=False)["input_ids"]  # pyright: ignore[reportReturnType]
