@@ -119,7 +119,13 @@ def _write_model(
 def _write_adapter(folder: Path, model: PeftModel, tensors: Iterable[tuple[str, Tensor]]) -> None:
     from peft.utils import get_peft_model_state_dict
 
-    state = get_peft_model_state_dict(model, state_dict=dict(tensors), save_embedding_layers=False)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    kept = {  # VeRA's projections, for one
+        name: tensor.detach().cpu().float() if tensor.is_floating_point() else tensor.detach().cpu()
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if name not in parameters
+    }
+    state = get_peft_model_state_dict(model, state_dict={**dict(tensors), **kept}, save_embedding_layers=False)
     save_file({name: t.contiguous() for name, t in state.items()}, str(folder / "adapter_model.safetensors"))
     settings = model.peft_config["default"]
     settings.inference_mode = True

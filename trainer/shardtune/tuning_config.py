@@ -222,8 +222,8 @@ class Ia3Config(AdapterSection):
     method: Literal["ia3"]
     """Which parameters are trained."""
     targets: Targets | None = None
-    """Module name endings, or a regular expression; null: the architecture's keys, values and last feed-forward
-    layers."""
+    """Module name endings, or a regular expression; null: those that PEFT names for the
+    architecture, otherwise its keys, values and last feed-forward layers."""
     feedforward: Targets | None = None
     """Which of `targets` have a factor for each input instead of each output; null: the last feed-forward layers."""
 
@@ -279,7 +279,7 @@ class OftConfig(AdapterSection):
     method: Literal["oft"]
     """Which parameters are trained."""
     block_size: Positive = 32
-    """Size of a rotation; lowered for a layer whose inputs it does not divide."""
+    """Size of a rotation; lowered for all layers to what divides the input size of each."""
     dropout: Rate = 0.0
     """Share of the blocks left as they are while training."""
     targets: Targets = "all-linear"
