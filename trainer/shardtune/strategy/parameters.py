@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,21 @@ def move_buffers(model: nn.Module, device: torch.device) -> None:
         for key, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[key] = buffer.to(device)
+
+
+def parts(model: nn.Module, blocks: Collection[str]) -> list[nn.Module]:
+    """The largest modules that hold no more than one of `blocks`, the names of the model's layers: these themselves,
+    and those with none in them. Every parameter is in one of them, but for those that a module around layers has
+    itself."""
+    around = {"", *(name.rpartition(".")[0] for name in blocks)}
+    for name in list(around):
+        pieces = name.split(".")
+        around |= {".".join(pieces[:length]) for length in range(len(pieces))}
+    modules = dict(model.named_modules())
+    return [
+        module for name, module in modules.items()
+        if name not in around and name.rpartition(".")[0] in around and any(True for _ in module.parameters())
+    ]  # fmt: skip
 
 
 def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

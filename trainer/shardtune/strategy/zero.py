@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from shardtune.protocols import MakeOptimizer, Weights
 from shardtune.strategy.gradients import scale_in_place, set_learning_rate, sharded_norm
-from shardtune.strategy.parameters import fill, materialize, move_buffers, replace_parameters, trained_parameters
+from shardtune.strategy.parameters import (
+    fill,
+    materialize,
+    move_buffers,
+    parts,
+    replace_parameters,
+    trained_parameters,
+)
 from shardtune.world import World
 
 
@@ -25,14 +32,20 @@ class Zero:
     The loop counts targets, clips and schedules for every strategy alike, so the engine is told not to: no scaling by
     accumulation steps, no clipping, no schedule. In bfloat16 parameters are bfloat16, master weights float32, and
     gradients are summed in float32 over ranks and, but for stage 1, over micro-batches.
+
+    Under stage 3 a layer of the model is gathered whole for its forward and for its backward, and what belongs to no
+    layer part by part: what is computed in a layer may use any of its parameters, not only those of the module that
+    computes.
     """
 
     model: nn.Module
     _module: nn.Module
     _engine: Any = None
 
-    def __init__(self, world: World, compute_dtype: torch.dtype, stage: int) -> None:
+    def __init__(self, world: World, compute_dtype: torch.dtype, stage: int, blocks: list[str]) -> None:
+        """`blocks`: names of the model's layers."""
         self._world = world
+        self._blocks = blocks
         self._dtype = compute_dtype
         self._stage = stage
         self.in_step = stage == 3
@@ -48,6 +61,7 @@ class Zero:
         deepspeed.init_distributed(verbose=False)
         if self._stage == 3:
             self._fill_and_partition(model, weights)
+            self._gather_by_part(model)
         else:
             materialize(model, weights, self._world.device)
         self._module = self.model = model
@@ -97,6 +111,21 @@ class Zero:
 
         replace_parameters(model, make)
         move_buffers(model, self._world.device)
+
+    def _gather_by_part(self, model: nn.Module) -> None:
+        """Has a module's parameters gathered for the whole of its forward and of its backward, down to the last
+        submodule: they may be used outside of the submodules that they belong to.
+
+        DeepSpeed's leaf modules do more than that: they hold gradients back until the module's inputs have theirs,
+        which is too early where the inputs need none, as those of the first layer do not beside frozen embeddings.
+        """
+        import deepspeed
+
+        for part in parts(model, self._blocks):
+            own = set(part.parameters(recurse=False))
+            for parameter in part.parameters():
+                if parameter not in own:
+                    deepspeed.zero.register_external_parameter(part, parameter)
 
     def _restore_master_weights(self, trained: list[tuple[str, nn.Parameter]], weights: Weights) -> None:
         """Master weights begin as copies of the rounded parameters; they should begin as the values themselves."""
