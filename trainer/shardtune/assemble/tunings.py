@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from shardtune.assemble.parts import DTYPES
 from shardtune.protocols import Tuning
+from shardtune.quantization import Quantization
 from shardtune.tuning.freeze import Freeze
 from shardtune.tuning.full import Full
 from shardtune.tuning.ia3 import Ia3
@@ -11,11 +12,11 @@ from shardtune.tuning.ln_tuning import LnTuning
 from shardtune.tuning.loha import Loha
 from shardtune.tuning.lokr import Lokr
 from shardtune.tuning.lora import Lora
-from shardtune.tuning.method import Method
 from shardtune.tuning.oft import Oft
 from shardtune.tuning.vera import Vera
 from shardtune.tuning_config import (
     AdapterSection,
+    FourBitSection,
     FreezeConfig,
     FullConfig,
     Ia3Config,
@@ -24,9 +25,18 @@ from shardtune.tuning_config import (
     LokrConfig,
     LoraConfig,
     OftConfig,
+    QloraConfig,
+    QuantizedSection,
     TuningConfig,
     VeraConfig,
 )
+
+
+def quantization_of(config: TuningConfig) -> Quantization | None:
+    """What the method stores the base's linear layers as."""
+    if isinstance(config, FourBitSection | QuantizedSection):
+        return Quantization(config.quantization, config.double_quant)
+    return None
 
 
 def make_tuning(config: TuningConfig, task: str) -> Tuning:
@@ -37,7 +47,7 @@ def make_tuning(config: TuningConfig, task: str) -> Tuning:
     return tuning
 
 
-def _method(config: TuningConfig, task: str) -> Method:
+def _method(config: TuningConfig, task: str) -> Tuning:
     match config:
         case FullConfig():
             return Full()
@@ -45,6 +55,8 @@ def _method(config: TuningConfig, task: str) -> Method:
             return Freeze(config.layers, config.embeddings, config.patterns)
         case LoraConfig():
             return Lora(task, config.rank, config.alpha, config.dropout, config.targets)
+        case QloraConfig():
+            return Lora(task, config.rank, config.alpha, config.dropout, config.targets, quantization_of(config))
         case Ia3Config():
             return Ia3(task, config.targets, config.feedforward)
         case VeraConfig():

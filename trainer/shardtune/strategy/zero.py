@@ -17,8 +17,8 @@ from shardtune.protocols import MakeOptimizer, Weights
 from shardtune.strategy.gradients import scale_in_place, set_learning_rate, sharded_norm
 from shardtune.strategy.parameters import (
     fill,
+    fill_buffers,
     materialize,
-    move_buffers,
     parts,
     replace_parameters,
     trained_parameters,
@@ -110,7 +110,7 @@ class Zero:
             return holder.weight
 
         replace_parameters(model, make)
-        move_buffers(model, self._world.device)
+        fill_buffers(model, weights, self._world.device)
 
     def _gather_by_part(self, model: nn.Module) -> None:
         """Has a module's parameters gathered for the whole of its forward and of its backward, down to the last
