@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from shardtune.config import BATCH_SIZES, CausalConfig, Config, DataConfig
-from shardtune.tuning_config import AdapterSection
+from shardtune.tuning_config import AdaloraConfig, AdapterSection, VeraConfig
 
 
 def conflicts(config: Config) -> Iterator[tuple[str, str]]:
@@ -61,6 +61,17 @@ def conflicts(config: Config) -> Iterator[tuple[str, str]]:
                 "model.tokenizer",
                 "a newly trained tokenizer does not fit pretrained weights; use model.weights: random",
             )
+    if isinstance(config.tuning, AdaloraConfig):
+        tuning = config.tuning
+        if tuning.initial_rank < tuning.rank:
+            yield "tuning.initial_rank", f"ranks fall, so it cannot be below tuning.rank, which is {tuning.rank}"
+        if tuning.begin >= tuning.end:
+            yield "tuning.begin", f"{tuning.begin:g} is not before tuning.end, which is {tuning.end:g}"
+    if isinstance(config.tuning, VeraConfig) and (config.tuning.dtype, model.dtype) == ("bfloat16", "float32"):
+        yield (
+            "tuning.dtype",
+            "vera's projections are stored as the model computes; use float32, or model.dtype: bfloat16",
+        )
     if config.model.layers is not None and isinstance(config.tuning, AdapterSection):
         yield "model.layers", "an adapter is loaded beside the whole model; use tuning.method: full or freeze"
     if config.model.layers is not None and not config.model.layers:

@@ -8,6 +8,7 @@ from pydantic import Field, create_model
 
 from shardtune.section import Positive, Rate, Section, Share
 
+Smoothing = Annotated[float, Field(gt=0.0, lt=1.0)]
 Targets = Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)]
 
 
@@ -196,7 +197,7 @@ class AdaloraConfig(AdapterSection):
     initial_rank: Positive = 12
     """Rank of each update in the beginning."""
     alpha: Annotated[float, Field(gt=0)] = 32
-    """The update is scaled by alpha / rank."""
+    """The update is scaled by alpha / initial_rank."""
     dropout: Rate = 0.0
     """Share of the adapter's inputs dropped while training."""
     targets: Targets = "all-linear"
@@ -207,9 +208,9 @@ class AdaloraConfig(AdapterSection):
     """Share of the steps after which ranks stay as they are."""
     interval: Positive = 10
     """Steps between two reallocations."""
-    beta1: Rate = 0.85
+    beta1: Smoothing = 0.85
     """Decay rate of the running mean of a weight's sensitivity."""
-    beta2: Rate = 0.85
+    beta2: Smoothing = 0.85
     """Decay rate of the running mean of its uncertainty."""
     orthogonality: Annotated[float, Field(ge=0.0)] = 0.5
     """Weight of the penalty that keeps the update's factors orthogonal."""

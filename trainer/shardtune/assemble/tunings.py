@@ -5,6 +5,7 @@ from __future__ import annotations
 from shardtune.assemble.parts import DTYPES
 from shardtune.protocols import Tuning
 from shardtune.quantization import Quantization
+from shardtune.tuning.adalora import Adalora
 from shardtune.tuning.freeze import Freeze
 from shardtune.tuning.full import Full
 from shardtune.tuning.ia3 import Ia3
@@ -15,6 +16,7 @@ from shardtune.tuning.lora import Lora
 from shardtune.tuning.oft import Oft
 from shardtune.tuning.vera import Vera
 from shardtune.tuning_config import (
+    AdaloraConfig,
     AdapterSection,
     FourBitSection,
     FreezeConfig,
@@ -69,5 +71,10 @@ def _method(config: TuningConfig, task: str) -> Tuning:
             return Oft(task, config.block_size, config.dropout, config.targets)
         case LnTuningConfig():
             return LnTuning(task)
+        case AdaloraConfig():
+            return Adalora(
+                task, config.rank, config.initial_rank, config.alpha, config.dropout, config.targets, config.begin,
+                config.end, config.interval, (config.beta1, config.beta2), config.orthogonality,
+            )  # fmt: skip
         case _:
             raise NotImplementedError(config.method)

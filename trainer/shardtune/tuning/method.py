@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from shardtune.protocols import Weights
+from shardtune.protocols import Strategy, Task, Weights
 from shardtune.quantization import Quantization
 from shardtune.world import World
 
@@ -28,3 +28,7 @@ class Method:
     def notes(self) -> list[str]:
         """Nothing."""
         return []
+
+    def in_training(self, task: Task, strategy: Strategy, total_steps: int, world: World) -> tuple[Task, Strategy]:
+        """The task and the strategy themselves."""
+        return task, strategy
