@@ -191,7 +191,7 @@ class Zero:
                 own = self._range(parameter)
                 if not len(own):
                     continue
-                value = cast(Tensor, safe_get_local_fp32_param(parameter)).view(-1)[: len(own)]
+                value = cast(Tensor, safe_get_local_fp32_param(parameter)).detach().view(-1)[: len(own)]
                 if accumulated:
                     gradient = cast(Tensor, safe_get_local_grad(parameter)).view(-1)[: len(own)]
                 yield Shard(name, own.start, value, gradient)
@@ -201,7 +201,7 @@ class Zero:
                 if accumulated:
                     index = parameter._index_in_param_group  # pyright: ignore[reportAttributeAccessIssue]
                     gradient = fragment.get_lp_grad_fragment(index).view(-1)
-                yield Shard(name, fragment.lp_fragment_address.start, fragment.hp_fragment.view(-1), gradient)
+                yield Shard(name, fragment.lp_fragment_address.start, fragment.hp_fragment.detach().view(-1), gradient)
 
     def overwrite(self, name: str, value: Tensor) -> None:
         """Each rank sets its part of the master weight, and what it holds of the parameter."""
