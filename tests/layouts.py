@@ -147,7 +147,7 @@ SINGLE = {run.group: run for run in reversed(RUNS) if run.strategy == "single"}
 class Done:
     """The runs' folders, and what a plain loop makes of the same examples."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    def __init__(self, folder: Path, seed: int, runs: Sequence[Run] | None = None) -> None:
         self.folder = folder
         self.seed = seed
         self.logs: dict[int, str] = {}
@@ -155,7 +155,7 @@ class Done:
         for count in {*EXAMPLES.values()}:
             tiny.write_rows(folder / f"{count}.jsonl", tiny.rows(count, seed + count))
         tiny.write_rows(folder / "validation.jsonl", tiny.rows(9, seed + 1))
-        for name in dict.fromkeys(run.model for run in RUNS):
+        for name in dict.fromkeys(run.model for run in (runs or RUNS)):
             dtype = torch.bfloat16 if name.endswith("-bf16") else torch.float32
             plain.make_model(self.model(name), ARCHITECTURES[name.removesuffix("-bf16")], seed, dtype)
 

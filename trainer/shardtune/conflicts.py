@@ -5,6 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from shardtune.config import BATCH_SIZES, CausalConfig, Config, DataConfig
+from shardtune.optimizer_config import (
+    AdafactorConfig,
+    MuonConfig,
+    PagedAdamw8bitConfig,
+    PagedAdamwConfig,
+    ScheduleFreeConfig,
+)
 from shardtune.tuning_config import AdapterSection
 
 
@@ -50,6 +57,7 @@ def conflicts(config: Config) -> Iterator[tuple[str, str]]:
                 "model.attention",
                 f"{model.attention} does not keep packed examples apart; use auto, sdpa or flash_attention_2",
             )
+    yield from _memory_conflicts(config)
     if (config.duration.epochs is None) == (config.duration.steps is None):
         yield "duration", "give exactly one of duration.epochs and duration.steps"
     if model.tokenizer and model.tokenizer.startswith("train:"):
@@ -78,6 +86,41 @@ def conflicts(config: Config) -> Iterator[tuple[str, str]]:
                 "evaluation.metrics",
                 f"{', '.join(sorted(names & for_texts))}: only with a target; task.text has none",
             )
+
+
+def _memory_conflicts(config: Config) -> Iterator[tuple[str, str]]:
+    strategy, optimizer = config.strategy, config.optimizer
+    able = {"none": [], "cpu": ["fsdp2", "zero2", "zero3"], "nvme": ["zero3"]}[strategy.offload]
+    if able and strategy.kind not in ("auto", *able):
+        yield (
+            "strategy.offload",
+            f"{strategy.offload} is not for strategy.kind: {strategy.kind}, only for {', '.join(able)}",
+        )
+    if (strategy.offload == "nvme") != (strategy.nvme is not None):
+        missing = strategy.nvme is None
+        yield (
+            "strategy.nvme",
+            "offload: nvme needs a folder on a fast local disk" if missing else "only with strategy.offload: nvme",
+        )
+    if strategy.offload == "nvme" and optimizer.name != "adamw":
+        yield "optimizer.name", f"{optimizer.name} cannot be offloaded to a disk; use adamw, or offload: cpu"
+    if strategy.offload != "none" and isinstance(optimizer, PagedAdamwConfig | PagedAdamw8bitConfig):
+        yield (
+            "optimizer.name",
+            f"{optimizer.name} has pages in the host's memory by itself; leave strategy.offload out, or use "
+            f"{optimizer.name.removeprefix('paged_')}",
+        )
+    if strategy.kind.startswith("zero") and isinstance(optimizer, AdafactorConfig | MuonConfig):
+        yield (
+            "optimizer.name",
+            f"{optimizer.name} updates whole matrices, which {strategy.kind} flattens and splits anywhere; use "
+            "strategy.kind: fsdp2 or ddp",
+        )
+    if strategy.kind.startswith("zero") and isinstance(optimizer, ScheduleFreeConfig):
+        yield (
+            "optimizer.name",
+            f"{strategy.kind} has no way to evaluate the averaged weights; use strategy.kind: fsdp2 or ddp",
+        )
 
 
 def _mixture_conflicts(data: DataConfig) -> Iterator[tuple[str, str]]:

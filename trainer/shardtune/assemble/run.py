@@ -20,8 +20,9 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from shardtune import optim, run_folder
+from shardtune import run_folder
 from shardtune.assemble.isolation import check_isolation
+from shardtune.assemble.optimizers import make_optimizer_recipe
 from shardtune.assemble.parts import (
     DTYPES,
     check_device,
@@ -46,6 +47,7 @@ from shardtune.model.dropout import quicken_dropout
 from shardtune.model.packed_attention import keep_apart
 from shardtune.model.skeleton import Skeleton, build_skeleton, load_architecture, set_dropout
 from shardtune.model.tokenizer import fit_config, identity, load_tokenizer, train_tokenizer
+from shardtune.optim.schedule import clip_scale, learning_rate
 from shardtune.protocols import Task, Text
 from shardtune.reporting import Reporter
 from shardtune.result import write_result
@@ -98,18 +100,10 @@ def train_run(config: Config, world: World, corpus: Corpus | None, command_line:
         )
     weights = tuning.initial(model, initial, world)
     # One rank decides: cards may differ, and all must choose alike.
-    kind = world.first_does("strategy", lambda: choose_strategy(config.strategy.kind, model, world, dtype))
+    kind = world.first_does("strategy", lambda: choose_strategy(config.strategy, model, world, dtype))
     facts = _facts(config, world, prepared, skeleton, model, kind, tuning.notes())
-    make_optimizer = functools.partial(
-        optim.adamw,
-        lr=config.optimizer.lr,
-        betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
-        eps=config.optimizer.eps,
-        weight_decay=config.optimizer.weight_decay,
-        lr_scale=tuning.lr_scale,
-    )
-    strategy = make_strategy(kind, model, world, dtype)
-    strategy.prepare(model, weights, make_optimizer)
+    strategy = make_strategy(kind, model, world, dtype, config.strategy.offload, config.strategy.nvme)
+    strategy.prepare(model, weights, make_optimizer_recipe(config.optimizer, model, tuning))
     if config.data.batching == "packed":
         vocabulary = prepared.architecture.get_text_config().vocab_size
         check_isolation(prepared.task, strategy, vocabulary, world.device, dtype != torch.float32, config.model.path)
@@ -147,10 +141,10 @@ def train_run(config: Config, world: World, corpus: Corpus | None, command_line:
         train(
             state, total_steps, steps, prepared.task, strategy, world,
             functools.partial(
-                optim.learning_rate, total_steps=total_steps, peak=config.optimizer.lr,
+                learning_rate, total_steps=total_steps, peak=config.optimizer.lr,
                 schedule=config.optimizer.schedule, warmup=config.optimizer.warmup,
             ),
-            functools.partial(optim.clip_scale, max_grad_norm=config.optimizer.max_grad_norm),
+            functools.partial(clip_scale, max_grad_norm=config.optimizer.max_grad_norm),
             reporter.after_step,
         )  # fmt: skip
         if stream is not None and stream.noted:
