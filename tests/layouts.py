@@ -33,6 +33,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "t5": {**T5_CONFIG, "tie_word_embeddings": True},
     "t5-untied": {**T5_CONFIG, "tie_word_embeddings": False},
     "t5-loud": {**T5_CONFIG, "tie_word_embeddings": False, "initializer_factor": 3.0},  # writes a text for each source
+    # Matrices large enough for 8-bit states of bitsandbytes, and layers that divide into blocks of 256 only by luck.
+    "llama-wide": {**tiny.ARCHITECTURES["llama"], "hidden_size": 72, "intermediate_size": 120},
     "llama-tied": {**tiny.ARCHITECTURES["llama"], "tie_word_embeddings": True},
 }
 LONGEST = 1000

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes.util
 import os
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,21 +53,17 @@ def a_run(case: str, kind: str, offload: str) -> Run:
     return Run(f"{case}-{offload}", model, kind, 2, 2, {**SHARED, **options, "strategy__offload": offload})
 
 
-PAIRS = [
-    (a_run(case, kind, "none"), a_run(case, kind, "cpu"))
-    for case in CASES
-    for kind in KINDS
-    if ALL or kind != "zero2" or "full" in case
-]
+CHOSEN = [(case, kind) for case in CASES for kind in KINDS if ALL or kind != "zero2" or "full" in case]
+PAIRS = [(a_run(case, kind, "none"), a_run(case, kind, "cpu")) for case, kind in CHOSEN]
 RUNS = [run for pair in PAIRS for run in pair]
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
+def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     seed = int(os.environ.get("SHARDTUNE_TEST_SEED") or random.SystemRandom().randrange(2**31))
     made = Done(tmp_path_factory.mktemp("offload"), seed, RUNS)
     launch(made, RUNS, 2)
-    yield made
+    return made
 
 
 def distance(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from shardtune.config import BATCH_SIZES, CausalConfig, Config, DataConfig
-from shardtune.optimizer_config import (
-    AdafactorConfig,
-    MuonConfig,
-    PagedAdamw8bitConfig,
-    PagedAdamwConfig,
-    ScheduleFreeConfig,
-)
+from shardtune.optimizer_config import PagedAdamw8bitConfig, PagedAdamwConfig
 from shardtune.tuning_config import AdapterSection
+
+WHOLE = "it updates whole matrices, and ZeRO joins all parameters and splits them anywhere"
+BLOCKS = (
+    "its blocks of 256 elements with a common scale would lie elsewhere for each number of ranks, as ZeRO joins all "
+    "parameters and splits them anywhere; losses would differ by 1e-4"
+)
 
 
 def conflicts(config: Config) -> Iterator[tuple[str, str]]:
@@ -110,16 +110,18 @@ def _memory_conflicts(config: Config) -> Iterator[tuple[str, str]]:
             f"{optimizer.name} has pages in the host's memory by itself; leave strategy.offload out, or use "
             f"{optimizer.name.removeprefix('paged_')}",
         )
-    if strategy.kind.startswith("zero") and isinstance(optimizer, AdafactorConfig | MuonConfig):
+    reason = {
+        "adafactor": WHOLE,
+        "muon": WHOLE,
+        "adamw_8bit": BLOCKS,
+        "paged_adamw_8bit": BLOCKS,
+        "lion_8bit": BLOCKS,
+        "schedule_free": "the average of the weights, which is what is evaluated, is out of reach",
+    }.get(optimizer.name)
+    if strategy.kind.startswith("zero") and reason is not None:
         yield (
             "optimizer.name",
-            f"{optimizer.name} updates whole matrices, which {strategy.kind} flattens and splits anywhere; use "
-            "strategy.kind: fsdp2 or ddp",
-        )
-    if strategy.kind.startswith("zero") and isinstance(optimizer, ScheduleFreeConfig):
-        yield (
-            "optimizer.name",
-            f"{strategy.kind} has no way to evaluate the averaged weights; use strategy.kind: fsdp2 or ddp",
+            f"{optimizer.name} does not go with {strategy.kind}: {reason}. Use strategy.kind: fsdp2 or ddp",
         )
 
 

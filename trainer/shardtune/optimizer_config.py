@@ -127,7 +127,7 @@ class ScheduleFreeConfig(OptimizerSection):
 
     name: Literal["schedule_free"]
     """The update rule."""
-    schedule: Literal["constant"] = "constant"
+    schedule: Literal["constant"] = "constant"  # pyright: ignore[reportIncompatibleVariableOverride]
     """After warm-up."""
     betas: Annotated[list[Annotated[float, Field(gt=0.0, lt=1.0)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
     """How far gradients are taken towards the average, and the decay rate of the running mean of their squares."""

@@ -18,14 +18,16 @@ def check_disk(folder: str) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"strategy.nvme: {folder} cannot be made: {error.strerror}") from None
-    from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
+    from deepspeed.ops import op_builder
 
-    if not AsyncIOBuilder().is_compatible(verbose=False):
+    # Its names are made while it is imported.
+    input_output, adam = getattr(op_builder, "AsyncIOBuilder")(), getattr(op_builder, "CPUAdamBuilder")()  # noqa: B009
+    if not input_output.is_compatible(verbose=False):
         raise ConfigError(
             "strategy.offload: nvme reads and writes through libaio, which is not installed here; install it "
             f"({NEEDED}), or use offload: cpu"
         )
-    for builder in (AsyncIOBuilder(), CPUAdamBuilder()):
+    for builder in (input_output, adam):
         try:
             builder.load(verbose=False)
         except Exception as error:  # whatever the compiler, ninja or the loader say

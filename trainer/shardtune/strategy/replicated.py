@@ -90,7 +90,8 @@ class Replicated:
         """Rank 0 has them all."""
         with averaged(self._optimizer):
             for name, parameter in trained_parameters(self._module):
-                yield name, parameter.detach().cpu() if self._world.is_first else None
+                # A copy: outside of this the parameter may have another value.
+                yield name, parameter.detach().to("cpu", copy=True) if self._world.is_first else None
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for _, p in trained_parameters(self._module) if p.grad is not None]
