@@ -336,8 +336,9 @@ def _facts(
         f"{config.name}: {type(skeleton.model).__name__} ({weights}), {config.task.kind}, {config.tuning.method}: "
         f"{trained:,} of {total:,} parameters trained",
         *(f"  {note}" for note in notes),
-        f"{kind} on {world.size} rank{'s' * (world.size > 1)} ({_device_name(world.device)}), {config.model.dtype}; "
-        + steps,
+        f"{kind} on {world.size} rank{'s' * (world.size > 1)} ({_device_name(world.device)}), {config.model.dtype}, "
+        + (f"offload: {config.strategy.offload}, " if config.strategy.offload != "none" else "")
+        + f"{config.optimizer.name}; {steps}",
         f"examples: {counts or 'a stream'}" + (f"; {len(prepared.labels):,} labels" if prepared.labels else ""),
         *describe_sources(config, prepared.tables.get("train"), prepared.train_counts),
     ]

@@ -49,8 +49,9 @@ class Zero:
         import deepspeed
 
         deepspeed.logger.setLevel(logging.ERROR)
-        # On a CPU it would compile an all-reduce for inference now, for a minute, that training never calls.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # On a CPU it would compile an all-reduce for inference now, for a minute, that training never calls. Asked which
+        # of its operations this machine can compile, it would try them all.
+        deepspeed.ops.__compatible_ops__ = {}
         deepspeed.init_distributed(verbose=False)
         if self._stage == 3:
             self._fill_and_partition(model, weights)
