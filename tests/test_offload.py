@@ -98,7 +98,7 @@ def test_deepspeed_is_told_where_to_put_what(
     """On a CPU all memory is the host's, so runs cannot show where tensors rest."""
     for device in ("cpu", "cuda"):
         world = World(0, 1, 0, torch.device(device))
-        settings = Zero(world, torch.float32, stage, offload, "disk" if offload == "nvme" else None)._settings()
+        settings = Zero(world, torch.float32, stage, [], offload, "disk" if offload == "nvme" else None)._settings()
         zero = settings["zero_optimization"]
         pinned = {"pin_memory": device == "cuda"}
         on_disk = {"nvme_path": "disk"} if offload == "nvme" else {}

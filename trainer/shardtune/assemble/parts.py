@@ -98,7 +98,7 @@ def make_strategy(
         from shardtune.strategy.fsdp2 import Fsdp2  # takes half a second to import
 
         return Fsdp2(world, compute_dtype, layer_names(model), offload == "cpu")
-    return Zero(world, compute_dtype, int(kind.removeprefix("zero")), offload, nvme)
+    return Zero(world, compute_dtype, int(kind.removeprefix("zero")), layer_names(model), offload, nvme)
 
 
 def make_budget(config: BatchConfig) -> Budget:

@@ -34,6 +34,7 @@ from shardtune.assemble.parts import (
     metric_names,
 )
 from shardtune.assemble.steps import describe_sources, make_course, make_stream, make_stream_course
+from shardtune.assemble.stored import Stored, describe_stored, stored
 from shardtune.assemble.tunings import make_tuning
 from shardtune.config import Config
 from shardtune.config_file import dump_config
@@ -45,6 +46,8 @@ from shardtune.evaluation import Evaluator, Split
 from shardtune.loop import train
 from shardtune.model.dropout import quicken_dropout
 from shardtune.model.packed_attention import keep_apart
+from shardtune.model.quantized import quantize_layers
+from shardtune.model.quantized_weights import QuantizedWeights
 from shardtune.model.skeleton import Skeleton, build_skeleton, load_architecture, set_dropout
 from shardtune.model.tokenizer import fit_config, identity, load_tokenizer, train_tokenizer
 from shardtune.optim.schedule import clip_scale, learning_rate
@@ -87,11 +90,15 @@ def train_run(config: Config, world: World, corpus: Corpus | None, command_line:
     if isinstance(prepared.task, Chat):
         prepared.task.stop_at_turns_end(skeleton.model)
     tuning = make_tuning(config.tuning, config.task.kind)
+    dtype = DTYPES[config.model.dtype]
+    if tuning.quantization is not None:
+        quantize_layers(
+            skeleton.model, config.task.kind, skeleton.recorder, tuning.quantization, dtype, config.model.path
+        )
     with skeleton.recorder:
         model = tuning.apply(skeleton.model)
     if config.model.recompute == "full":
         skeleton.model.gradient_checkpointing_enable({"use_reentrant": False})
-    dtype = DTYPES[config.model.dtype]
     initial = skeleton.weights(model, config.seed, dtype, tuning.trained_dtype)
     if tuning.makes_adapter and initial.grown:
         raise ConfigError(
@@ -99,6 +106,8 @@ def train_run(config: Config, world: World, corpus: Corpus | None, command_line:
             "not hold the new ones. Use tuning.method: full, or the model's own tokenizer"
         )
     weights = tuning.initial(model, initial, world)
+    if tuning.quantization is not None:
+        weights = QuantizedWeights(model, weights, world.device, world.largest)
     # One rank decides: cards may differ, and all must choose alike.
     kind = world.first_does("strategy", lambda: choose_strategy(config.strategy, model, world, dtype))
     facts = _facts(config, world, prepared, skeleton, model, kind, tuning.notes())
@@ -111,9 +120,11 @@ def train_run(config: Config, world: World, corpus: Corpus | None, command_line:
     world.seed_everything(config.seed)
 
     devices = world.gather(_device_name(world.device))
+    held = world.gather(list(stored(model)))
     claim = None
     if world.is_first:
         environment = run_folder.environment(list(command_line), kind, devices)
+        environment["stored_bytes"] = [Stored(*rank)._asdict() for rank in held]
         claim = run_folder.begin(folder, dump_config(config), environment)
     state = TrainingState()
     stream = None
@@ -134,6 +145,8 @@ def train_run(config: Config, world: World, corpus: Corpus | None, command_line:
         config.model_dump(mode="json"),
     )  # fmt: skip
     reporter.progress.say(facts)
+    if tuning.quantization is not None:
+        reporter.progress.say(describe_stored([Stored(*rank) for rank in held]))
     begun = time.monotonic()
     try:
         if config.evaluation.baseline and total_steps > 0:
@@ -326,7 +339,7 @@ def _facts(
     notes: Sequence[str],
 ) -> str:
     """A few lines at the start: what is trained on what, and what was left out."""
-    total = sum(p.numel() for p in model.parameters())
+    total = sum(getattr(p, "unpacked_shape", p.shape).numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     counts = ", ".join(f"{len(table):,} {name}" for name, table in prepared.tables.items() if len(table))
     batch = config.batch
@@ -384,7 +397,7 @@ def quiet_libraries() -> Iterator[None]:
     transformers.logging.disable_progress_bar()
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which peft imports, warns that it chose this
-    for name in ("DeepSpeed", "torch.distributed", "huggingface_hub", "datasets"):
+    for name in ("DeepSpeed", "torch.distributed", "huggingface_hub", "datasets", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         if not sys.warnoptions:

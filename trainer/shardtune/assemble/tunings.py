@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 from shardtune.protocols import Tuning
+from shardtune.quantization import Quantization
 from shardtune.tuning.freeze import Freeze
 from shardtune.tuning.full import Full
 from shardtune.tuning.lora import Lora
-from shardtune.tuning_config import FreezeConfig, FullConfig, LoraConfig, TuningConfig
+from shardtune.tuning_config import (
+    FourBitSection,
+    FreezeConfig,
+    FullConfig,
+    LoraConfig,
+    QloraConfig,
+    QuantizedSection,
+    TuningConfig,
+)
+
+
+def quantization_of(config: TuningConfig) -> Quantization | None:
+    """What the method stores the base's linear layers as."""
+    if isinstance(config, FourBitSection | QuantizedSection):
+        return Quantization(config.quantization, config.double_quant)
+    return None
 
 
 def make_tuning(config: TuningConfig, task: str) -> Tuning:
@@ -18,5 +34,7 @@ def make_tuning(config: TuningConfig, task: str) -> Tuning:
             return Freeze(config.layers, config.embeddings, config.patterns)
         case LoraConfig():
             return Lora(task, config.rank, config.alpha, config.dropout, config.targets)
+        case QloraConfig():
+            return Lora(task, config.rank, config.alpha, config.dropout, config.targets, quantization_of(config))
         case _:
             raise NotImplementedError(config.method)
