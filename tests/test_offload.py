@@ -34,6 +34,7 @@ CASES = {
     "t5-lora-rounded": ("t5", {"model__dtype": "bfloat16", **LORA}),
     "llama-full-rounded": ("llama", {"model__dtype": "bfloat16"}),
     "llama-lora": ("llama", {"model__dtype": "float32", **LORA}),
+    "llama-qlora-rounded": ("llama", {"model__dtype": "bfloat16", "tuning": {**LORA["tuning"], "method": "qlora"}}),
 }
 ALL = bool(os.environ.get("SHARDTUNE_TEST_ALL"))
 """The suite runs a sample."""

@@ -73,8 +73,8 @@ class Zero:
         import deepspeed
 
         deepspeed.logger.setLevel(logging.ERROR)
-        # On a CPU it would compile an all-reduce for inference now, for a minute, that training never calls. Asked which
-        # of its operations this machine can compile, it would try them all.
+        # On a CPU it would compile an all-reduce for inference now, for a minute, that training never calls; and before
+        # that, try out which of its operations can be compiled here.
         deepspeed.ops.__compatible_ops__ = {}
         deepspeed.init_distributed(verbose=False)
         if self._stage == 3:
