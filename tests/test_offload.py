@@ -128,7 +128,7 @@ def test_fsdp_is_told_to_offload(offload: bool, monkeypatch: pytest.MonkeyPatch)
 def test_weights_move(done: Done, case: str) -> None:
     """Or an offload that trains nothing would agree with another."""
     steps, _ = done.metrics(a_run(case, "fsdp2", "cpu"))
-    assert steps[-1]["loss"] < 0.98 * steps[0]["loss"], f"seed {done.seed}"
+    assert steps[4]["loss"] < steps[0]["loss"], f"it does not learn the same examples; seed {done.seed}"
 
 
 def problems(folder: Path, **options: object) -> str:
