@@ -391,7 +391,8 @@ def random_value(rule: dict[str, Any], rng: random.Random) -> Any:
     if kind == "integer":
         return rng.choice([rule.get("minimum", 0), rng.randint(1, 10_000), rule.get("exclusiveMaximum", 2**40) - 1])
     if kind == "number":
-        return rng.choice([0.5, rng.random() * 0.99 + 1e-9, 10 ** rng.uniform(-12, -1)])
+        least = rule.get("minimum", 0)
+        return least + rng.choice([0.5, rng.random() * 0.99 + 1e-9, 10 ** rng.uniform(-12, -1)])
     return {"boolean": rng.random() < 0.5, "null": None, "string": rng.choice(STRINGS)}[kind]
 
 

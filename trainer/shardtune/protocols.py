@@ -174,6 +174,11 @@ class Weights(Protocol):
         in."""
         ...
 
+    def buffers(self, name: str) -> dict[str, Tensor]:
+        """The values of module `name`'s meta buffers, by their names in it. All ranks ask, after they have read what
+        they keep of its parameters."""
+        ...
+
 
 MakeOptimizer: TypeAlias = "Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]"
 """Builds the optimizer over the trained parameters, after sharding."""

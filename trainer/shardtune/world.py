@@ -54,6 +54,14 @@ class World:
         dist.all_reduce(tensor)
         return tensor.tolist()
 
+    def largest(self, values: torch.Tensor) -> torch.Tensor:
+        """The elementwise maximum over all ranks, in the place of `values`, which is on the rank's device."""
+        import torch.distributed as dist
+
+        if self.size > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return values
+
     def gather(self, value: Any) -> list[Any]:
         """The JSON-like value of every rank in rank order, on the first rank; an empty list elsewhere."""
         if self.size == 1:

@@ -44,6 +44,8 @@ from shardtune.evaluation import Evaluator, Split
 from shardtune.loop import train
 from shardtune.model.dropout import quicken_dropout
 from shardtune.model.packed_attention import keep_apart
+from shardtune.model.quantized import quantize_layers
+from shardtune.model.quantized_weights import QuantizedWeights
 from shardtune.model.skeleton import Skeleton, build_skeleton, load_architecture, set_dropout
 from shardtune.model.tokenizer import fit_config, identity, load_tokenizer, train_tokenizer
 from shardtune.protocols import Task, Text
@@ -85,11 +87,15 @@ def train_run(config: Config, world: World, corpus: Corpus | None, command_line:
     if isinstance(prepared.task, Chat):
         prepared.task.stop_at_turns_end(skeleton.model)
     tuning = make_tuning(config.tuning, config.task.kind)
+    dtype = DTYPES[config.model.dtype]
+    if tuning.quantization is not None:
+        quantize_layers(
+            skeleton.model, config.task.kind, skeleton.recorder, tuning.quantization, dtype, config.model.path
+        )
     with skeleton.recorder:
         model = tuning.apply(skeleton.model)
     if config.model.recompute == "full":
         skeleton.model.gradient_checkpointing_enable({"use_reentrant": False})
-    dtype = DTYPES[config.model.dtype]
     initial = skeleton.weights(model, config.seed, dtype, tuning.trained_dtype)
     if tuning.makes_adapter and initial.grown:
         raise ConfigError(
@@ -97,6 +103,8 @@ def train_run(config: Config, world: World, corpus: Corpus | None, command_line:
             "not hold the new ones. Use tuning.method: full, or the model's own tokenizer"
         )
     weights = tuning.initial(model, initial, world)
+    if tuning.quantization is not None:
+        weights = QuantizedWeights(model, weights, world.device, world.largest)
     # One rank decides: cards may differ, and all must choose alike.
     kind = world.first_does("strategy", lambda: choose_strategy(config.strategy.kind, model, world, dtype))
     facts = _facts(config, world, prepared, skeleton, model, kind, tuning.notes())
@@ -389,7 +397,7 @@ def quiet_libraries() -> Iterator[None]:
     transformers.logging.disable_progress_bar()
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which peft imports, warns that it chose this
-    for name in ("DeepSpeed", "torch.distributed", "huggingface_hub", "datasets"):
+    for name in ("DeepSpeed", "torch.distributed", "huggingface_hub", "datasets", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         if not sys.warnoptions:

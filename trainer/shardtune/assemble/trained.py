@@ -15,13 +15,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shardtune.assemble.parts import DTYPES, judged_at_once, make_task, metric_names
 from shardtune.assemble.run import evaluated_splits, name_labels, prepare, quiet_libraries, saved_labels
+from shardtune.assemble.tunings import make_tuning
 from shardtune.config import ClassificationConfig, Config
 from shardtune.data.corpus import Corpus
 from shardtune.errors import ConfigError
 from shardtune.evaluation import Evaluator
+from shardtune.model.quantized import quantize_layers
+from shardtune.model.quantized_weights import QuantizedWeights
 from shardtune.model.skeleton import AUTO_CLASSES, build_skeleton, load_architecture
 from shardtune.model.tokenizer import fit_config, load_tokenizer
-from shardtune.protocols import Generation, Text, Tokens
+from shardtune.protocols import Generation, Text, Tokens, Weights
+from shardtune.quantization import Quantization
 from shardtune.strategy.parameters import materialize
 from shardtune.strategy.replicated import Replicated
 from shardtune.text_table import table
@@ -43,12 +47,17 @@ def load_result(config: Config, folder: Path, tokenizer: PreTrainedTokenizerBase
         return AUTO_CLASSES[config.task.kind].from_pretrained(str(folder), dtype=dtype)
     from peft import PeftModel
 
-    base, _ = _base_model(config, folder, tokenizer, dtype)
+    quantization = make_tuning(config.tuning, config.task.kind).quantization
+    base, _ = _base_model(config, folder, tokenizer, dtype, quantization)
     return PeftModel.from_pretrained(base, str(folder))
 
 
 def _base_model(
-    config: Config, folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+    config: Config,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    quantization: Quantization | None = None,
 ) -> tuple[PreTrainedModel, torch.dtype]:
     """The model that an adapter was trained beside, and the dtype of its files; random weights are drawn again."""
     settings = config.model
@@ -62,8 +71,14 @@ def _base_model(
         architecture, settings.path, config.task.kind, settings.weights == "pretrained", settings.attention,
         settings.layers, settings.trust_remote_code,
     )  # fmt: skip
-    model = skeleton.model.requires_grad_(False)
-    materialize(model, skeleton.weights(model, config.seed, dtype), torch.device("cpu"))
+    model, device = skeleton.model.requires_grad_(False), torch.device("cpu")
+    if quantization is not None:
+        quantize_layers(model, config.task.kind, skeleton.recorder, quantization, dtype, settings.path)
+    weights: Weights = skeleton.weights(model, config.seed, dtype)
+    if quantization is not None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        weights = QuantizedWeights(model, weights, device, lambda scales: scales)
+    materialize(model, weights, device)
     return model, skeleton.stored_dtype
 
 

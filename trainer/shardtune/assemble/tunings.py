@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from shardtune.protocols import Tuning
+from shardtune.quantization import Quantization
 from shardtune.tuning.freeze import Freeze
 from shardtune.tuning.full import Full
 from shardtune.tuning.lora import Lora
-from shardtune.tuning_config import FreezeConfig, FullConfig, LoraConfig, TuningConfig
+from shardtune.tuning_config import (
+    FreezeConfig,
+    FullConfig,
+    LoraConfig,
+    QloraConfig,
+    TuningConfig,
+)
 
 
 def make_tuning(config: TuningConfig, task: str) -> Tuning:
@@ -18,5 +25,8 @@ def make_tuning(config: TuningConfig, task: str) -> Tuning:
             return Freeze(config.layers, config.embeddings, config.patterns)
         case LoraConfig():
             return Lora(task, config.rank, config.alpha, config.dropout, config.targets)
+        case QloraConfig():
+            quantization = Quantization(config.quantization, config.double_quant)
+            return Lora(task, config.rank, config.alpha, config.dropout, config.targets, quantization)
         case _:
             raise NotImplementedError(config.method)

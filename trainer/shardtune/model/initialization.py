@@ -94,6 +94,11 @@ class Recorder(TorchDispatchMode):
             self._alive.append(storage)
         return self._recipes[storage._cdata]
 
+    def replaced(self, old: Tensor, new: Tensor) -> None:
+        """What was recorded of one parameter is that of another: the same values, stored in another way."""
+        self._recipes[new.untyped_storage()._cdata] = self.recipe(old)
+        self._alive.append(new.untyped_storage())
+
     def name_parameters(self, model: nn.Module) -> None:
         """Gives each recipe its parameter's present name."""
         for name, parameter in model.named_parameters():

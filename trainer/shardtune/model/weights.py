@@ -42,20 +42,22 @@ class InitialWeights:
             recipe = recorder.recipe(parameter)
             recipe.name = recipe.name or name
             self._recipes[name] = recipe
-            self._elements[name] = parameter.numel()
+            # A quantized parameter is read here as the values it stands for.
+            shape: torch.Size = getattr(parameter, "unpacked_shape", parameter.shape)
+            self._elements[name] = shape.numel()
             self._dtypes[name] = trained_dtype if parameter.requires_grad else compute_dtype
             entry = entries.get(recipe.name)
             if entry is not None:
                 stored = math.prod(entry.shape)
                 vocabulary = any(parameter is embedding for embedding in embeddings)
-                grown = vocabulary and entry.shape[1:] == parameter.shape[1:] and stored < parameter.numel()
-                if entry.shape != parameter.shape and not grown:
+                grown = vocabulary and entry.shape[1:] == shape[1:] and stored < shape.numel()
+                if entry.shape != shape and not grown:
                     raise ConfigError(
                         f"{entry.file}: {recipe.name} has shape {list(entry.shape)}, "
-                        f"the model's config says {list(parameter.shape)}"
+                        f"the model's config says {list(shape)}"
                     )
                 self._tails[name] = stored
-            if self._tails.get(name, 0) < parameter.numel() and not recipe.covers(parameter.numel()):
+            if self._tails.get(name, 0) < shape.numel() and not recipe.covers(shape.numel()):
                 raise ConfigError(f"model.weights: {recipe.name} is in no file and has no known initialization")
 
     @property
@@ -66,6 +68,10 @@ class InitialWeights:
     def dtype(self, name: str) -> torch.dtype:
         """The method's for trained parameters, the compute dtype for frozen ones."""
         return self._dtypes[name]
+
+    def buffers(self, name: str) -> dict[str, Tensor]:
+        """None: every buffer has its value."""
+        raise KeyError(name)
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Elements `start` to `stop` of the flattened parameter, 1-D, on the CPU.

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from shardtune.protocols import MakeOptimizer, Weights
 from shardtune.strategy.gradients import scale_in_place, set_learning_rate, sharded_norm
-from shardtune.strategy.parameters import fill, move_buffers, replace_parameters, trained_parameters
+from shardtune.strategy.parameters import fill, fill_buffers, replace_parameters, trained_parameters
 from shardtune.world import World
 
 
@@ -62,7 +62,7 @@ class Fsdp2:
             return nn.Parameter(whole, parameter.requires_grad)
 
         replace_parameters(model, materialized)
-        move_buffers(model, device)
+        fill_buffers(model, weights, device)
         self.model = model
         if make_optimizer is not None:
             self._optimizer = make_optimizer(trained_parameters(model))

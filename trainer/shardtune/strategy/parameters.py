@@ -48,15 +48,17 @@ def materialize(model: nn.Module, weights: Weights, device: torch.device) -> Non
         return nn.Parameter(data, requires_grad=parameter.requires_grad)
 
     replace_parameters(model, make)
-    move_buffers(model, device)
+    fill_buffers(model, weights, device)
 
 
-def move_buffers(model: nn.Module, device: torch.device) -> None:
-    """Moves buffers, which every rank holds whole, to `device`."""
-    for module in model.modules():
-        for key, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[key] = buffer.to(device)
+def fill_buffers(model: nn.Module, weights: Weights, device: torch.device) -> None:
+    """Puts buffers, which every rank holds whole, on `device`; those on the meta device get their values."""
+    for name, module in model.named_modules():
+        buffers = {key: buffer for key, buffer in module._buffers.items() if buffer is not None}
+        if any(buffer.is_meta for buffer in buffers.values()):
+            buffers |= weights.buffers(name)
+        for key, buffer in buffers.items():
+            module._buffers[key] = buffer.to(device)
 
 
 def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from shardtune.protocols import MakeOptimizer, Weights
 from shardtune.strategy.gradients import scale_in_place, set_learning_rate, sharded_norm
-from shardtune.strategy.parameters import fill, materialize, move_buffers, replace_parameters, trained_parameters
+from shardtune.strategy.parameters import fill, fill_buffers, materialize, replace_parameters, trained_parameters
 from shardtune.world import World
 
 
@@ -96,7 +96,7 @@ class Zero:
             return holder.weight
 
         replace_parameters(model, make)
-        move_buffers(model, self._world.device)
+        fill_buffers(model, weights, self._world.device)
 
     def _restore_master_weights(self, trained: list[tuple[str, nn.Parameter]], weights: Weights) -> None:
         """Master weights begin as copies of the rounded parameters; they should begin as the values themselves."""

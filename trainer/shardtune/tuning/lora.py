@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from shardtune.quantization import Quantization
 from shardtune.tuning.method import Method
 from shardtune.tuning.targets import PEFT_TASKS, describe, head, matching
 
@@ -20,7 +21,16 @@ class Lora(Method):
 
     makes_adapter = True
 
-    def __init__(self, task: str, rank: int, alpha: float, dropout: float, targets: str | Sequence[str]) -> None:
+    def __init__(
+        self,
+        task: str,
+        rank: int,
+        alpha: float,
+        dropout: float,
+        targets: str | Sequence[str],
+        quantization: Quantization | None = None,
+    ) -> None:
+        self.quantization = quantization
         self._task = task
         self._rank = rank
         self._alpha = alpha
