@@ -24,6 +24,7 @@ from typing import NamedTuple, get_args
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 import plain
 import tiny
@@ -131,9 +132,14 @@ class Trial:
     # ------------------------------------------------------------------------------------------ training
 
     def _model(self, name: str) -> Path:
+        """One that always writes a few words, so that there is something to compare."""
         folder = self.folder / "models" / name
         if not folder.is_dir():
             plain.make_model(folder, ARCHITECTURES[name], self.seed)
+            if plain.task_of(ARCHITECTURES[name]["model_type"]) != "classification":
+                settings = GenerationConfig.from_pretrained(folder)
+                settings.min_new_tokens = 3
+                settings.save_pretrained(folder)
         return folder
 
     def _run(self, case: Case) -> Path:
@@ -247,9 +253,11 @@ class Trial:
         try:
             model = load_plainly(self._run(case) / "final", self._model(case.model), case.task, case.method in FOUR_BIT)
             tokenizer = plain.load_tokenizer(self._run(case) / "final")
-            batch = plain.batch_of(tokenizer, case.task, self._rows)
+            batch, more = plain.batch_of(tokenizer, case.task, self._rows), {}
+            if case.method == "multitask_prompt":  # peft wants to be told which task each row is of
+                batch["task_ids"], more = torch.zeros(EXAMPLES, dtype=torch.long), {"task_ids": torch.zeros(1).long()}
             reloaded = plain.evaluation_loss(model, case.task, batch)
-            written = [plain.predict(model, tokenizer, case.task, row) for row in self._rows]
+            written = [plain.predict(model, tokenizer, case.task, row, **more) for row in self._rows]
         except Exception as error:
             return [f"cannot be reloaded: {type(error).__name__}: {_last_line(str(error))}"]
         problems = []
@@ -288,10 +296,11 @@ def largest_difference(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> flo
     """Over all elements, relative to the largest value of each tensor; infinite where names or shapes differ."""
     if {name: tensor.shape for name, tensor in got.items()} != {name: tensor.shape for name, tensor in wanted.items()}:
         return float("inf")
-    return max(
-        float((got[name].double() - whole.double()).abs().max() / whole.double().abs().max().clamp(min=1e-30))
+    largest = [
+        (got[name].double() - whole.double()).abs().max() / whole.double().abs().max().clamp(min=1e-30)
         for name, whole in wanted.items()
-    )
+    ]
+    return float(torch.stack(largest).nan_to_num(nan=float("inf")).max())
 
 
 def _tensors(run: Path) -> dict[str, Tensor]:

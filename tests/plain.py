@@ -154,11 +154,11 @@ def evaluation_loss(model: nn.Module, task: str, batch: dict[str, Tensor]) -> fl
         return model(**batch).loss.item()
 
 
-def predict(model: Any, tokenizer: Any, task: str, row: Row) -> str:
-    """What the model makes of one row, greedily and in at most six tokens."""
+def predict(model: Any, tokenizer: Any, task: str, row: Row, **more: Tensor) -> str:
+    """What the model makes of one row, greedily and in at most six tokens; `more` of what it is called with."""
     model.eval()
     source = tokenizer(row["text"], truncation=True, max_length=SOURCE_LIMIT, return_tensors="pt")
-    source = {"input_ids": source["input_ids"], "attention_mask": source["attention_mask"]}
+    source = {"input_ids": source["input_ids"], "attention_mask": source["attention_mask"], **more}
     with torch.no_grad():
         if task == "classification":
             return ["no", "pet"][int(model(**source).logits.argmax())]
