@@ -24,7 +24,8 @@ AUTO = {
     "causal": transformers.AutoModelForCausalLM,
     "classification": transformers.AutoModelForSequenceClassification,
 }
-TASKS = {"t5": "seq2seq", "mt5": "seq2seq", "bart": "seq2seq", "bert": "classification"}
+SEQ2SEQ, ENCODERS = ("t5", "mt5", "bart"), ("bert", "distilbert")
+TASKS = {**dict.fromkeys(SEQ2SEQ, "seq2seq"), **dict.fromkeys(ENCODERS, "classification")}
 
 
 def task_of(model_type: str) -> str:
