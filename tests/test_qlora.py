@@ -16,7 +16,7 @@ from transformers import BitsAndBytesConfig
 
 import plain
 import tiny
-from launching import BIN, REPOSITORY, Finished, run
+from launching import BIN, Finished, run
 
 STEPS = 10
 STRATEGIES = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
@@ -128,7 +128,7 @@ class Done:
         kind = method.get("quantization", "nf4")
         task = plain.task_of(WIDE[which.model]["model_type"])
         wanted = BitsAndBytesConfig(
-            load_in_4bit=kind != "int8", load_in_8bit=kind == "int8", bnb_4bit_quant_type=kind if kind != "int8" else "nf4",
+            load_in_4bit=kind != "int8", load_in_8bit=kind == "int8", bnb_4bit_quant_type=kind.replace("int8", "nf4"),
             bnb_4bit_use_double_quant=method.get("double_quant", True), bnb_4bit_compute_dtype=torch.float32,
             llm_int8_skip_modules=["classifier", "pooler"] if task == "classification" else None,
         )  # fmt: skip
@@ -201,11 +201,8 @@ def test_predictions_without_us(done: Done, which: Run) -> None:
 def test_evaluate_and_generate_on_a_quantized_base(done: Done) -> None:
     """The commands load the base as it was while training."""
     which = RUNS[0]
-    shardtune = str(BIN / "shardtune")
-    said = run(
-        [shardtune, "evaluate", "--config", str(done.path(which) / "config.yaml"), "--split", "validation"],
-        done.folder / "cache-1",
-    )
+    shardtune, config = str(BIN / "shardtune"), str(done.path(which) / "config.yaml")
+    said = run([shardtune, "evaluate", "--config", config, "--split", "validation"], done.folder / "cache-1")
     assert said.code == 0, said.said
     folder = done.path(which) / "predictions"
     ours = plain.read_rows(folder / "step-final-validation.jsonl")
@@ -214,4 +211,3 @@ def test_evaluate_and_generate_on_a_quantized_base(done: Done) -> None:
     said = run([shardtune, "generate", "--run", str(done.path(which)), text], done.folder / "cache-1")
     assert said.code == 0, said.said
     assert said.out.strip() == ours[0]["prediction"]
-    assert REPOSITORY.is_dir()

@@ -86,7 +86,7 @@ def make_strategy(kind: str, model: nn.Module, world: World, compute_dtype: torc
         from shardtune.strategy.fsdp2 import Fsdp2  # takes half a second to import
 
         return Fsdp2(world, compute_dtype, layer_names(model))
-    return Zero(world, compute_dtype, stage=int(kind.removeprefix("zero")))
+    return Zero(world, compute_dtype, int(kind.removeprefix("zero")), layer_names(model))
 
 
 def make_budget(config: BatchConfig) -> Budget:

@@ -33,6 +33,7 @@ from shardtune.assemble.parts import (
     metric_names,
 )
 from shardtune.assemble.steps import describe_sources, make_course, make_stream, make_stream_course
+from shardtune.assemble.stored import Stored, describe_stored, stored
 from shardtune.assemble.tunings import make_tuning
 from shardtune.config import Config
 from shardtune.config_file import dump_config
@@ -125,9 +126,11 @@ def train_run(config: Config, world: World, corpus: Corpus | None, command_line:
     world.seed_everything(config.seed)
 
     devices = world.gather(_device_name(world.device))
+    held = world.gather(list(stored(model)))
     claim = None
     if world.is_first:
         environment = run_folder.environment(list(command_line), kind, devices)
+        environment["stored_bytes"] = [Stored(*rank)._asdict() for rank in held]
         claim = run_folder.begin(folder, dump_config(config), environment)
     state = TrainingState()
     stream = None
@@ -148,6 +151,8 @@ def train_run(config: Config, world: World, corpus: Corpus | None, command_line:
         config.model_dump(mode="json"),
     )  # fmt: skip
     reporter.progress.say(facts)
+    if tuning.quantization is not None:
+        reporter.progress.say(describe_stored([Stored(*rank) for rank in held]))
     begun = time.monotonic()
     try:
         if config.evaluation.baseline and total_steps > 0:
@@ -340,7 +345,7 @@ def _facts(
     notes: Sequence[str],
 ) -> str:
     """A few lines at the start: what is trained on what, and what was left out."""
-    total = sum(p.numel() for p in model.parameters())
+    total = sum(getattr(p, "unpacked_shape", p.shape).numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     counts = ", ".join(f"{len(table):,} {name}" for name, table in prepared.tables.items() if len(table))
     batch = config.batch

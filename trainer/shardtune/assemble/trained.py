@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shardtune.assemble.parts import DTYPES, judged_at_once, make_task, metric_names
 from shardtune.assemble.run import evaluated_splits, name_labels, prepare, quiet_libraries, saved_labels
-from shardtune.assemble.tunings import make_tuning
+from shardtune.assemble.tunings import quantization_of
 from shardtune.config import ClassificationConfig, Config
 from shardtune.data.corpus import Corpus
 from shardtune.errors import ConfigError
@@ -47,8 +47,7 @@ def load_result(config: Config, folder: Path, tokenizer: PreTrainedTokenizerBase
         return AUTO_CLASSES[config.task.kind].from_pretrained(str(folder), dtype=dtype)
     from peft import PeftModel
 
-    quantization = make_tuning(config.tuning, config.task.kind).quantization
-    base, _ = _base_model(config, folder, tokenizer, dtype, quantization)
+    base, _ = _base_model(config, folder, tokenizer, dtype, quantization_of(config.tuning))
     return PeftModel.from_pretrained(base, str(folder))
 
 

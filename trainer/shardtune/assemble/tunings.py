@@ -8,12 +8,21 @@ from shardtune.tuning.freeze import Freeze
 from shardtune.tuning.full import Full
 from shardtune.tuning.lora import Lora
 from shardtune.tuning_config import (
+    FourBitSection,
     FreezeConfig,
     FullConfig,
     LoraConfig,
     QloraConfig,
+    QuantizedSection,
     TuningConfig,
 )
+
+
+def quantization_of(config: TuningConfig) -> Quantization | None:
+    """What the method stores the base's linear layers as."""
+    if isinstance(config, FourBitSection | QuantizedSection):
+        return Quantization(config.quantization, config.double_quant)
+    return None
 
 
 def make_tuning(config: TuningConfig, task: str) -> Tuning:
@@ -26,7 +35,6 @@ def make_tuning(config: TuningConfig, task: str) -> Tuning:
         case LoraConfig():
             return Lora(task, config.rank, config.alpha, config.dropout, config.targets)
         case QloraConfig():
-            quantization = Quantization(config.quantization, config.double_quant)
-            return Lora(task, config.rank, config.alpha, config.dropout, config.targets, quantization)
+            return Lora(task, config.rank, config.alpha, config.dropout, config.targets, quantization_of(config))
         case _:
             raise NotImplementedError(config.method)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,31 @@ def fill_buffers(model: nn.Module, weights: Weights, device: torch.device) -> No
             buffers |= weights.buffers(name)
         for key, buffer in buffers.items():
             module._buffers[key] = buffer.to(device)
+
+
+def held_bytes(parameter: nn.Parameter) -> int:
+    """What this rank holds of a parameter between steps: all of it, its part of a DTensor, or its part under ZeRO-3
+    (and all of it, too, where DeepSpeed keeps it whole because it is small)."""
+    to_local = getattr(parameter.data, "to_local", None)
+    if to_local is not None:
+        return to_local().nbytes
+    partition = getattr(parameter, "ds_tensor", None)
+    return parameter.nbytes + (partition.nbytes if partition is not None else 0)
+
+
+def parts(model: nn.Module, blocks: Collection[str]) -> list[nn.Module]:
+    """The largest modules that hold no more than one of `blocks`, the names of the model's layers: these themselves,
+    and those with none in them. Every parameter is in one of them, but for those that a module around layers has
+    itself."""
+    around = {"", *(name.rpartition(".")[0] for name in blocks)}
+    for name in list(around):
+        pieces = name.split(".")
+        around |= {".".join(pieces[:length]) for length in range(len(pieces))}
+    modules = dict(model.named_modules())
+    return [
+        module for name, module in modules.items()
+        if name not in around and name.rpartition(".")[0] in around and any(True for _ in module.parameters())
+    ]  # fmt: skip
 
 
 def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -15,8 +15,19 @@ from torch import Tensor, nn
 
 from shardtune.protocols import MakeOptimizer, Weights
 from shardtune.strategy.gradients import scale_in_place, set_learning_rate, sharded_norm
-from shardtune.strategy.parameters import fill, fill_buffers, materialize, replace_parameters, trained_parameters
+from shardtune.strategy.parameters import (
+    fill,
+    fill_buffers,
+    materialize,
+    parts,
+    replace_parameters,
+    trained_parameters,
+)
 from shardtune.world import World
+
+KEPT_WHOLE = 100_000
+"""Elements of the largest parameter that stage 3 keeps whole on every rank, as it is DeepSpeed's default; less where a
+frozen matrix is smaller, which is split in any case."""
 
 
 class Zero:
@@ -25,16 +36,23 @@ class Zero:
     The loop counts targets, clips and schedules for every strategy alike, so the engine is told not to: no scaling by
     accumulation steps, no clipping, no schedule. In bfloat16 parameters are bfloat16, master weights float32, and
     gradients are summed in float32 over ranks and, but for stage 1, over micro-batches.
+
+    Under stage 3 a layer of the model is gathered whole for its forward and for its backward, and what belongs to no
+    layer part by part: what is computed in a layer may use any of its parameters, not only those of the module that
+    computes.
     """
 
     model: nn.Module
     _module: nn.Module
     _engine: Any = None
 
-    def __init__(self, world: World, compute_dtype: torch.dtype, stage: int) -> None:
+    def __init__(self, world: World, compute_dtype: torch.dtype, stage: int, blocks: list[str]) -> None:
+        """`blocks`: names of the model's layers."""
         self._world = world
+        self._blocks = blocks
         self._dtype = compute_dtype
         self._stage = stage
+        self._kept_whole = KEPT_WHOLE
         self.in_step = stage == 3
 
     def prepare(self, model: nn.Module, weights: Weights, make_optimizer: MakeOptimizer | None) -> None:
@@ -48,6 +66,7 @@ class Zero:
         deepspeed.init_distributed(verbose=False)
         if self._stage == 3:
             self._fill_and_partition(model, weights)
+            self._gather_by_part(model)
         else:
             materialize(model, weights, self._world.device)
         self._module = self.model = model
@@ -71,7 +90,11 @@ class Zero:
         return {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
-            "zero_optimization": {"stage": self._stage, "overlap_comm": self._world.device.type == "cuda"},
+            "zero_optimization": {
+                "stage": self._stage,
+                "overlap_comm": self._world.device.type == "cuda",
+                "stage3_param_persistence_threshold": self._kept_whole,
+            },
             "bf16": {"enabled": self._dtype == torch.bfloat16},
             "data_types": {"grad_accum_dtype": accumulate_in},
             "communication_data_type": "fp32",
@@ -86,6 +109,8 @@ class Zero:
         import deepspeed
 
         holder = nn.Module()
+        frozen = [p.numel() for p in model.parameters() if p.dim() > 1 and not p.requires_grad]
+        self._kept_whole = min([KEPT_WHOLE, *(numel - 1 for numel in frozen)])
 
         def make(name: str, parameter: nn.Parameter) -> nn.Parameter:
             data = torch.empty(parameter.shape, dtype=self._dtype, device=self._world.device)
@@ -97,6 +122,21 @@ class Zero:
 
         replace_parameters(model, make)
         fill_buffers(model, weights, self._world.device)
+
+    def _gather_by_part(self, model: nn.Module) -> None:
+        """Has a module's parameters gathered for the whole of its forward and of its backward, down to the last
+        submodule: they may be used outside of the submodules that they belong to.
+
+        DeepSpeed's leaf modules do more than that: they hold gradients back until the module's inputs have theirs,
+        which is too early where the inputs need none, as those of the first layer do not beside frozen embeddings.
+        """
+        import deepspeed
+
+        for part in parts(model, self._blocks):
+            own = set(part.parameters(recurse=False))
+            for parameter in part.parameters():
+                if parameter not in own:
+                    deepspeed.zero.register_external_parameter(part, parameter)
 
     def _restore_master_weights(self, trained: list[tuple[str, nn.Parameter]], weights: Weights) -> None:
         """Master weights begin as copies of the rounded parameters; they should begin as the values themselves."""
