@@ -40,9 +40,15 @@ METHODS = [
 STRATEGIES = {"single": 1, "ddp": 2, "fsdp2": 2, "zero1": 2, "zero2": 2, "zero3": 2}
 """And their ranks."""
 MODELS = ("t5", "llama")
-OTHER_MODELS = {"bitfit": ("bart", "gpt2", "bert")}
-"""For methods that do not exist for the models that all others are tried on."""
-REFUSED = {("bitfit", "t5"): "bias", ("bitfit", "llama"): "bias"}
+OTHER_MODELS = {
+    "bitfit": ("bart", "gpt2", "bert"), "qlora": ("bart", "gpt2"), "loha": ("gpt2",), "lokr": ("gpt2",),
+    "oft": ("gpt2",),
+}  # fmt: skip
+"""Where the first two do not show all that a method can and cannot do."""
+REFUSED = {
+    ("bitfit", "t5"): "bias", ("bitfit", "llama"): "bias", ("qlora", "gpt2"): "gpt2", ("loha", "gpt2"): "gpt2",
+    ("lokr", "gpt2"): "gpt2", ("oft", "gpt2"): "gpt2",
+}  # fmt: skip
 """What does not exist, and a word of what is said to one who asks for it."""
 FOUR_BIT = {"qlora", "qdora", "loftq"}
 """Methods whose base model is loaded in 4 bits."""

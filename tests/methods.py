@@ -19,9 +19,9 @@ import tempfile
 from pathlib import Path
 
 import torch
-import transformers
 
 from method_runs import METHODS, OTHER_MODELS, STRATEGIES, Case, Trial, Verdict, models_of
+from shardtune.assemble.run import quiet_libraries
 from shardtune.text_table import table
 
 WHOLE = ["single", "ddp", "fsdp2", "zero3"]
@@ -52,11 +52,10 @@ def main() -> int:
     if not cases:
         parser.error(f"no method has these models; there are t5, llama and {OTHER_MODELS}")
     torch.set_num_threads(1)  # more only wait for each other on models this small
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     if options.keep is not None:
         options.keep.mkdir(parents=True)
-    with contextlib.nullcontext(options.keep) if options.keep else tempfile.TemporaryDirectory() as folder:
+    place = contextlib.nullcontext(options.keep) if options.keep else tempfile.TemporaryDirectory()
+    with place as folder, quiet_libraries():
         trial = Trial(Path(folder), seed)
         verdicts = trial.judge(cases)
         failed = [verdict for verdict in verdicts if verdict.problem is not None]
