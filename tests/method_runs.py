@@ -131,6 +131,10 @@ class Trial:
             self._train_together([case for case in group if self._finished(case.alone)])
         return [self._verdict(case) for case in wanted]
 
+    def run(self, case: Case) -> Path:
+        """Its folder."""
+        return self.folder / "runs" / case.name
+
     def said(self, case: Case) -> str:
         """What a run that failed said."""
         return self._said.get(case) or self._said.get(case.alone, "")
@@ -145,14 +149,12 @@ class Trial:
             if plain.task_of(ARCHITECTURES[name]["model_type"]) != "classification":
                 settings = GenerationConfig.from_pretrained(folder)
                 settings.min_new_tokens = 3
+                settings.suppress_tokens = [0, 2, 3]  # <pad>, <s>, <unk>, which are no words
                 settings.save_pretrained(folder)
         return folder
 
-    def _run(self, case: Case) -> Path:
-        return self.folder / "runs" / case.name
-
     def _finished(self, case: Case) -> bool:
-        return (self._run(case) / "final").is_dir()
+        return (self.run(case) / "final").is_dir()
 
     def _config(self, case: Case) -> Path:
         """What is learned is also what is judged: all examples in every step."""
@@ -242,23 +244,23 @@ class Trial:
             said = self.said(case)
             missing = "NotImplementedError" in said
             return Verdict(case, problem="missing" if missing else f"failed: {_last_line(said)}")
-        lines = [json.loads(line) for line in (self._run(case) / "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (self.run(case) / "metrics.jsonl").read_text().splitlines()]
         before = next(line["loss"] for line in lines if line["step"] == 1)
         after = [line["loss"] for line in lines if "split" in line][-1]
-        difference = largest_difference(_tensors(self._run(case)), _tensors(self._run(case.alone)))
+        difference = largest_difference(_tensors(self.run(case)), _tensors(self.run(case.alone)))
         problems = [] if word is None else ["should have been refused"]
         if not after < FALL * before:
             problems.append(f"the loss did not fall below {FALL} of what it was")
         if not difference <= TOLERANCE:
             problems.append(f"its result is not that of a single process: {difference:.1e}")
-        problems += self._reload(case, after)
+        problems += self.reload(case, after)
         return Verdict(case, before, after, difference, "; ".join(problems) or None)
 
-    def _reload(self, case: Case, loss: float) -> list[str]:
-        """What is wrong with the result, read by transformers and peft alone."""
+    def reload(self, case: Case, loss: float) -> list[str]:
+        """What is wrong with the result of a run that ended with `loss`, read by transformers and peft alone."""
         try:
-            model = load_plainly(self._run(case) / "final", self._model(case.model), case.task, case.method in FOUR_BIT)
-            tokenizer = plain.load_tokenizer(self._run(case) / "final")
+            model = load_plainly(self.run(case) / "final", self._model(case.model), case.task, case.method in FOUR_BIT)
+            tokenizer = plain.load_tokenizer(self.run(case) / "final")
             batch, more = plain.batch_of(tokenizer, case.task, self._rows), {}
             if case.method == "multitask_prompt":  # peft wants to be told which task each row is of
                 batch["task_ids"], more = torch.zeros(EXAMPLES, dtype=torch.long), {"task_ids": torch.zeros(1).long()}
@@ -269,7 +271,7 @@ class Trial:
         problems = []
         if not abs(reloaded - loss) <= TOLERANCE * abs(loss):
             problems.append(f"reloaded, its loss is {reloaded:.6f}, not {loss:.6f}")
-        predictions = plain.read_rows(self._run(case) / "predictions" / f"step-{STEPS}-validation.jsonl")
+        predictions = plain.read_rows(self.run(case) / "predictions" / f"step-{STEPS}-validation.jsonl")
         wanted = [row["prediction"] for row in predictions]
         if written != wanted:
             problems.append(f"reloaded, it predicts {written}, not {wanted}")

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from method_runs import METHODS, MODELS, REFUSED, Case, Trial, Verdict, largest_difference
 
@@ -48,6 +49,21 @@ def test_method(case: Case, verdicts: Verdicts, trial: Trial) -> None:
     verdict = verdicts[case]
     assert verdict.problem is None, f"{verdict.problem}; seed {trial.seed}\n{trial.said(case)[-3000:]}"
     assert verdict.refused == (case in REFUSALS)
+
+
+@pytest.mark.parametrize("case", [case for case in SAMPLE if case.method == "lora"], ids=lambda case: case.name)
+def test_a_wrong_result_is_seen(case: Case, verdicts: Verdicts, trial: Trial) -> None:
+    loss = verdicts[case].after
+    assert loss is not None, f"seed {trial.seed}\n{trial.said(case)[-3000:]}"
+    assert trial.reload(case, loss) == []
+    file = trial.run(case) / "final" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if "lora_B" in name)
+    save_file({**tensors, name: tensors[name] * 1.1}, file)
+    problems = trial.reload(case, loss)
+    save_file(tensors, file)
+    assert problems
+    assert problems[0].startswith("reloaded, its loss is"), problems
 
 
 def test_the_sample_is_spread() -> None:
