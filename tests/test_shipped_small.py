@@ -42,7 +42,7 @@ class Shipped(NamedTuple):
 
 
 DIALOGUES = {"dialogue": "text", "summary": "summary"}
-ON_A_CPU = ("optimizer.name=adamw",)
+ON_A_CPU = ("optimizer.name=adamw_8bit",)  # pages are for GPUs
 SHIPPED = [
     Shipped("flan-t5-large-dialogsum-prefix", "prefix", T5, DIALOGUES),
     Shipped("flan-t5-large-dialogsum-prompt", "prompt", T5, DIALOGUES),
