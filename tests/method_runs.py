@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import NamedTuple, get_args
 
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig
 
 import plain
 import tiny
@@ -52,6 +53,9 @@ REFUSED = {
 """What does not exist, and a word of what is said to one who asks for it."""
 FOUR_BIT = {"qlora", "qdora", "loftq"}
 """Methods whose base model is loaded in 4 bits."""
+QUANTIZATION = BitsAndBytesConfig(
+    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
+)
 
 STEPS, EXAMPLES = 12, 8
 RATES = {
@@ -262,7 +266,7 @@ class Trial:
     def reload(self, case: Case, loss: float) -> list[str]:
         """What is wrong with the result of a run that ended with `loss`, read by transformers and peft alone."""
         try:
-            model = load_plainly(self.run(case) / "final", self._model(case.model), case.task, case.method in FOUR_BIT)
+            model = load_plainly(self.run(case) / "final", self._model(case.model), case)
             tokenizer = plain.load_tokenizer(self.run(case) / "final")
             batch, more = plain.batch_of(tokenizer, case.task, self._rows), {}
             if case.method == "multitask_prompt":  # peft wants to be told which task each row is of
@@ -281,25 +285,19 @@ class Trial:
         return problems if any(wanted) else [*problems, "it predicts nothing"]
 
 
-def load_plainly(folder: Path, base: Path, task: str, four_bit: bool) -> nn.Module:
+def load_plainly(folder: Path, base: Path, case: Case) -> nn.Module:
     """The result in `folder`, as transformers or peft loads it, in float32."""
+    auto = plain.AUTO[case.task]
     if not (folder / "adapter_config.json").exists():
-        model, info = plain.AUTO[task].from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        settings = {"trust_remote_code": True} if case.method == "adapter" else {}
+        model, info = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **settings)
         assert not any(info.values()), info
         return model
-    from peft import PeftModel
-    from transformers import BitsAndBytesConfig
-
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )  # fmt: skip
-    settings = {"quantization_config": quantization} if four_bit else {}
-    model = plain.AUTO[task].from_pretrained(base, dtype=torch.float32, **settings)
-    if four_bit:
-        for module in model.modules():  # or the first forward in eval mode stores the weights otherwise, for good
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
+    settings = {"quantization_config": QUANTIZATION} if case.method in FOUR_BIT else {}
+    model = auto.from_pretrained(base, dtype=torch.float32, **settings)
+    for module in model.modules():  # or the first forward in eval mode stores 4-bit weights otherwise, for good
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return PeftModel.from_pretrained(model, str(folder))
 
 
