@@ -41,7 +41,9 @@ class Step(NamedTuple):
     slots: int
 
 
-def make_model(folder: Path, architecture: dict[str, Any], seed: int, dtype: torch.dtype = torch.float32) -> Path:
+def make_model(
+    folder: Path, architecture: dict[str, Any], seed: int, dtype: torch.dtype = torch.float32, vocabulary: int = 41
+) -> Path:
     """A model with weights and a tokenizer of whole words, saved as transformers saves it.
 
     No weight is left at a trivial value, and the vocabulary is odd, so that two ranks do not get as much of it.
@@ -49,7 +51,7 @@ def make_model(folder: Path, architecture: dict[str, Any], seed: int, dtype: tor
     task = task_of(architecture["model_type"])
     special = ["<pad>", "</s>", "<s>", "<unk>"]
     ids = {piece: index for index, piece in enumerate([*special, *tiny.WORDS])}
-    settings = {**architecture, "vocab_size": 41, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+    settings = {**architecture, "vocab_size": vocabulary, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
     if task == "seq2seq":
         settings |= {"decoder_start_token_id": 0, "forced_eos_token_id": None}
     if task == "classification":

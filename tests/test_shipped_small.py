@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 
 import pytest
 from safetensors import safe_open
+from torch import distributed
 
 import plain
 import tiny
+from chats import TEMPLATES, make_tokenizer
 from layouts import ARCHITECTURES
 from shardtune.cli import train_as_rank
 from shardtune.config_file import load_config
@@ -33,8 +35,10 @@ class Shipped(NamedTuple):
     method: str
     model: dict[str, Any]
     fields: dict[str, str]
-    """The fields of its data, and which of `tiny.rows` they hold."""
+    """The fields of its data, and which of `tiny.rows` they hold; none: conversations."""
     overrides: tuple[str, ...] = ()
+    template: str = ""
+    """The chat template of its tokenizer."""
 
     @property
     def path(self) -> Path:
@@ -56,12 +60,12 @@ SHIPPED = [
     Shipped("flan-t5-xxl-dialogsum-qlora", "qlora", T5, DIALOGUES, ON_A_CPU),
     Shipped("flan-t5-xl-cnn-dailymail-qlora", "qlora", T5, {"article": "text", "highlights": "summary"}, ON_A_CPU),
     *(
-        Shipped(f"{name}-chat-qlora", "qlora", model, {}, ("task.template=plain", *ON_A_CPU))
-        for name, model in (
-            ("qwen2.5-3b", QWEN2),
-            ("qwen3-8b", MODELS["qwen3"]),
-            ("llama-3.1-8b", LLAMA),
-            ("qwen3-14b", MODELS["qwen3"]),
+        Shipped(f"{name}-chat-qlora", "qlora", model, {}, ON_A_CPU, template)
+        for name, model, template in (
+            ("qwen2.5-3b", QWEN2, "qwen"),
+            ("qwen3-8b", MODELS["qwen3"], "qwen"),
+            ("llama-3.1-8b", LLAMA, "llama"),
+            ("qwen3-14b", MODELS["qwen3"], "qwen"),
         )
     ),
 ]  # fmt: skip
@@ -86,7 +90,9 @@ def test_a_shipped_config_runs_small(
 ) -> None:
     seed = random.SystemRandom().randrange(2**31)
     monkeypatch.setenv("SHARDTUNE_CACHE", str(tmp_path / "cache"))
-    model = plain.make_model(tmp_path / "model", shipped.model, seed)
+    model = plain.make_model(tmp_path / "model", shipped.model, seed, vocabulary=704)
+    if shipped.template:
+        make_tokenizer(TEMPLATES[shipped.template]).save_pretrained(model)
     data = tiny.write_rows(tmp_path / "rows.jsonl", rows_of(shipped, seed))
     config = load_config(shipped.path, [])
     assert config.tuning.method == shipped.method
@@ -95,7 +101,11 @@ def test_a_shipped_config_runs_small(
         f"batch.examples={ROWS}", "duration.epochs=null", f"duration.steps={STEPS}", "tracking.every=1",
         "evaluation.examples=2", "evaluation.max_new_tokens=4", "evaluation.baseline=false", *shipped.overrides,
     ]  # fmt: skip
-    code = train_as_rank(["--config", str(shipped.path), *overrides])
+    try:
+        code = train_as_rank(["--config", str(shipped.path), *overrides])
+    finally:
+        if distributed.is_initialized():  # of a run that failed
+            distributed.destroy_process_group()
     shown = capsys.readouterr()
     assert code == 0, f"seed {seed}\n{shown.err}"
     run = tmp_path / config.name
