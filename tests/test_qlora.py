@@ -30,6 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "nf4": {"method": "qlora", "rank": 4},
     "fp4": {"method": "qlora", "rank": 4, "quantization": "fp4", "double_quant": False, "targets": "attention"},
     "int8": {"method": "qlora", "rank": 4, "quantization": "int8"},
+    "bf16": {"method": "qlora", "rank": 4},
 }
 
 
@@ -60,8 +61,10 @@ RUNS = [
     *spread("bert", "nf4", ["fsdp2"], []),
     *spread("llama", "fp4", ["fsdp2", "zero3"], []),
     *spread("t5", "int8", ["fsdp2", "zero3"], []),
+    *spread("llama", "bf16", ["ddp", "fsdp2", "zero2", "zero3"], []),
+    *spread("t5", "bf16", ["fsdp2", "zero3"], []),
 ]
-SINGLE = [run for run in RUNS if run.strategy == "single"]
+SINGLE = [run for run in RUNS if run.strategy == "single" and run.method != "bf16"]
 OTHERS = [run for run in RUNS if run.strategy != "single"]
 
 
@@ -99,6 +102,7 @@ class Done:
             "duration__steps": STEPS,
             "strategy__kind": which.strategy,
             "evaluation__examples": 6,
+            "model__dtype": "bfloat16" if which.method == "bf16" else "float32",
             "tuning": METHODS[which.method],
             **options,
         }
@@ -157,6 +161,10 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
 def test_same_run_as_on_one_process(done: Done, which: Run) -> None:
     mine, first = done.steps(which), done.steps(which.single)
     assert len(mine) == STEPS
+    if which.method == "bf16":  # strategies round in other places
+        for ours, theirs in zip(mine, first, strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.03), (done.seed, ours["step"])
+        return
     for ours, theirs in zip(mine, first, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4), (done.seed, ours["step"])
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3), (done.seed, ours["step"])
@@ -196,6 +204,25 @@ def test_predictions_without_us(done: Done, which: Run) -> None:
     assert written
     for row, line in zip(plain.read_rows(done.folder / "validation.jsonl"), written, strict=True):
         assert line["prediction"] == plain.predict(model, tokenizer, task, row), (done.seed, line)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "zero3"])
+def test_stored_bytes(done: Done, kind: str) -> None:
+    """Sharded strategies split the 4-bit weights; every rank has all the scales, and says so."""
+    which = Run("llama", "nf4", kind, 2)
+    mine, first = (json.loads((done.path(run) / "environment.json").read_text()) for run in (which, which.single))
+    (whole,) = first["stored_bytes"]
+    assert len(mine["stored_bytes"]) == 2
+    matrices = [64 * 64, 64 * 32, 64 * 32, 64 * 64, 3 * 64 * 96]  # of each of two layers
+    assert whole["quantized"] == 2 * sum(matrices) / 2
+    assert whole["scales"] == 2 * sum(matrices) / 64
+    for held in mine["stored_bytes"]:
+        assert held["quantized"] == whole["quantized"] / (1 if kind == "ddp" else 2)
+        assert held["scales"] == whole["scales"]
+        assert held["nested_scales"] == whole["nested_scales"] > 0
+    said = (done.folder / "runs" / f"{which.name}.log").read_text()
+    assert "quantized MB" in said
+    assert f"{mine['stored_bytes'][0]['quantized'] / 1e6:.4f}" in said
 
 
 def test_evaluate_and_generate_on_a_quantized_base(done: Done) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # so that reading and checking data does not wait for torch
     import numpy as np
     import torch
     from numpy.typing import NDArray
+    from peft import PeftConfig
     from torch import Tensor, nn
 
     from shardtune.documents import Documents
@@ -23,6 +24,10 @@ if TYPE_CHECKING:  # so that reading and checking data does not wait for torch
 
 IGNORED = -100
 """The label of a position that is no target."""
+
+
+BESIDE = "trained_encoder.safetensors"
+"""The file of what stands beside an adapter: see `Adapter.beside`."""
 
 
 class Text(NamedTuple):
@@ -43,6 +48,8 @@ class Tokens(NamedTuple):
     target: NDArray[np.int32]
     """The tokens to write with their end token, or one class index: each is a target of the loss. Between the turns
     of a conversation stand tokens that are read but not learned, as `~id`, so negative."""
+    origin: int = 0
+    """Which source of the training data it is from."""
 
 
 class Encoded(NamedTuple):
@@ -133,6 +140,18 @@ class Task(Protocol):
         ...
 
 
+class Adapter(NamedTuple):
+    """An adapter as its folder holds it; tensors are whole, on the CPU."""
+
+    settings: PeftConfig
+    """What `adapter_config.json` is to say."""
+    tensors: dict[str, Tensor]
+    """Those of `adapter_model.safetensors`."""
+    beside: dict[str, Tensor]
+    """What PEFT does not read, but a run that goes on from there (`tuning.from`) does: the trained parameters that
+    `tensors` were computed by."""
+
+
 class Tuning(Protocol):
     """Which parameters are trained, and what they begin as."""
 
@@ -151,6 +170,12 @@ class Tuning(Protocol):
     def initial(self, model: nn.Module, weights: Weights, world: World) -> Weights:
         """The values of the applied `model` to start from, given those of the unquantized base and of the plain
         initialization. All ranks call it and get the same."""
+        ...
+
+    def adapter(self, model: nn.Module, trained: dict[str, Tensor]) -> Adapter:
+        """The result, where it is an adapter, given the trained parameters, whole and float32, by the names of the
+        applied `model`. The first rank calls it alone. A parameter that is saved as it is stays the same object: so a
+        model on the meta device tells which tensor of a file belongs where."""
         ...
 
     def lr_scale(self, name: str) -> float:
