@@ -6,12 +6,14 @@ from collections.abc import Iterator
 
 from shardtune.config import BATCH_SIZES, CausalConfig, Config, DataConfig
 from shardtune.tuning_config import (
+    AdaloraConfig,
     AdapterSection,
     EvaConfig,
     LoftqConfig,
     MultitaskPromptConfig,
     PissaConfig,
     PrefixConfig,
+    VeraConfig,
     VirtualTokensSection,
 )
 
@@ -69,6 +71,17 @@ def conflicts(config: Config) -> Iterator[tuple[str, str]]:
                 "model.tokenizer",
                 "a newly trained tokenizer does not fit pretrained weights; use model.weights: random",
             )
+    if isinstance(config.tuning, AdaloraConfig):
+        tuning = config.tuning
+        if tuning.initial_rank < tuning.rank:
+            yield "tuning.initial_rank", f"ranks fall, so it cannot be below tuning.rank, which is {tuning.rank}"
+        if tuning.begin >= tuning.end:
+            yield "tuning.begin", f"{tuning.begin:g} is not before tuning.end, which is {tuning.end:g}"
+    if isinstance(config.tuning, VeraConfig) and (config.tuning.dtype, model.dtype) == ("bfloat16", "float32"):
+        yield (
+            "tuning.dtype",
+            "vera's projections are stored as the model computes; use float32, or model.dtype: bfloat16",
+        )
     if config.model.layers is not None and isinstance(config.tuning, AdapterSection):
         yield "model.layers", "an adapter is loaded beside the whole model; use tuning.method: full or freeze"
     if isinstance(config.tuning, PissaConfig) and config.tuning.dropout > 0:

@@ -115,6 +115,18 @@ class Generation(NamedTuple):
     """Whether all ranks must call the model equally often, because each holds only a part of it."""
 
 
+class Shard(NamedTuple):
+    """This rank's part of a trained parameter; every element of the parameter is in the part of one rank."""
+
+    name: str
+    start: int
+    """Where the part begins in the flattened parameter."""
+    value: Tensor
+    """float32, 1-D; to be read only."""
+    gradient: Tensor | None
+    """Of the step, 1-D, as long as `value`; there from the step's last `backward` to its `step`."""
+
+
 class Task(Protocol):
     """What the model learns to do: from texts to tokens, to a loss, and back to texts."""
 
@@ -186,6 +198,11 @@ class Tuning(Protocol):
         """Lines to say at the start, after `apply`: what was matched."""
         ...
 
+    def in_training(self, task: Task, strategy: Strategy, total_steps: int, world: World) -> tuple[Task, Strategy]:
+        """What the training loop is given for `task` and the prepared `strategy`, by a method that acts in every
+        step."""
+        ...
+
 
 class Weights(Protocol):
     """The values that parameters start from, by the model's own parameter names."""
@@ -249,6 +266,15 @@ class Strategy(Protocol):
     def full_trained(self) -> Iterator[tuple[str, Tensor | None]]:
         """Each trained parameter whole, float32, on the CPU of rank 0 (None elsewhere). All ranks iterate; at
         most one parameter is whole at a time."""
+        ...
+
+    def shards(self) -> Iterator[Shard]:
+        """This rank's part of each trained parameter that it has one of."""
+        ...
+
+    def overwrite(self, name: str, value: Tensor) -> None:
+        """Sets a trained parameter: its master weight and what the forward pass reads. All ranks give the same whole
+        value, in float32."""
         ...
 
 

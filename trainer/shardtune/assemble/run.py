@@ -172,7 +172,7 @@ def train_run(config: Config, world: World, corpus: Corpus | None, command_line:
         if config.evaluation.baseline and total_steps > 0:
             reporter.evaluate()
         train(
-            state, total_steps, steps, prepared.task, strategy, world,
+            state, total_steps, steps, *tuning.in_training(prepared.task, strategy, total_steps, world), world,
             functools.partial(
                 optim.learning_rate, total_steps=total_steps, peak=config.optimizer.lr,
                 schedule=config.optimizer.schedule, warmup=config.optimizer.warmup,

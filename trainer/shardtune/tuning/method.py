@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from shardtune.protocols import Adapter, Weights
+from shardtune.protocols import Adapter, Strategy, Task, Weights
 from shardtune.quantization import Quantization
 from shardtune.world import World
 
@@ -30,7 +30,13 @@ class Method:
         """What PEFT itself would save of the trained parameters."""
         from peft.utils import get_peft_model_state_dict
 
-        tensors = get_peft_model_state_dict(model, state_dict=trained, save_embedding_layers=False)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        kept = {  # VeRA's projections, for one
+            name: tensor.detach().cpu().float() if tensor.is_floating_point() else tensor.detach().cpu()
+            for name, tensor in model.state_dict(keep_vars=True).items()
+            if name not in parameters
+        }
+        tensors = get_peft_model_state_dict(model, state_dict={**trained, **kept}, save_embedding_layers=False)
         return Adapter(settings_of(model), tensors, {})
 
     def lr_scale(self, name: str) -> float:
@@ -40,6 +46,10 @@ class Method:
     def notes(self) -> list[str]:
         """Nothing."""
         return []
+
+    def in_training(self, task: Task, strategy: Strategy, total_steps: int, world: World) -> tuple[Task, Strategy]:
+        """The task and the strategy themselves."""
+        return task, strategy
 
 
 def settings_of(model: nn.Module) -> PeftConfig:
