@@ -194,7 +194,7 @@ class Trial:
 
     def _train_alone(self, cases: Sequence[Case]) -> None:
         configs = {case: self._config(case) for case in cases}
-        command = [sys.executable, str(TESTS / "train_each.py"), *map(str, configs.values())]
+        command = [sys.executable, str(TESTS / "ranks" / "train_each.py"), *map(str, configs.values())]
         ending = self._watch(command, cases, self.folder / "single.log")
         for case, config in configs.items():
             if not config.with_suffix(".json").exists():

@@ -1,4 +1,4 @@
-"""Trains each config by itself in this one process, whatever becomes of the others: `python train_each.py CONFIG ...`.
+"""Trains each config by itself in this one process, whatever becomes of the others: `train_each.py CONFIG ...`.
 
 CONFIG.json beside each tells how it ended: the exit code of the command (1 with a traceback), and what was said.
 """
