@@ -62,6 +62,14 @@ class World:
             dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return values
 
+    def send(self, values: torch.Tensor, owner: int) -> torch.Tensor:
+        """Those of rank `owner`, in the place of `values`, which has the same shape and dtype on every rank."""
+        import torch.distributed as dist
+
+        if self.size > 1:
+            dist.broadcast(values, owner)
+        return values
+
     def gather(self, value: Any) -> list[Any]:
         """The JSON-like value of every rank in rank order, on the first rank; an empty list elsewhere."""
         if self.size == 1:

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from shardtune.protocols import MakeOptimizer, Weights
+from shardtune.protocols import MakeOptimizer, Shard, Weights
 from shardtune.strategy.gradients import scale_in_place, sharded_norm
 from shardtune.strategy.parameters import fill, fill_buffers, replace_parameters, trained_parameters
 from shardtune.strategy.updates import Updates, local_rows, make_updates
@@ -61,8 +61,7 @@ class Fsdp2:
             sharded = cast(DTensor, parameter.data)
             meta = sharded.to_local()
             local = torch.empty(meta.shape, dtype=meta.dtype, device=resting)
-            rows_before = -(-sharded.shape[0] // self._world.size) * self._world.rank  # torch.chunk's split
-            fill(local, weights, name, rows_before * (sharded[0].numel() if sharded.dim() > 1 else 1))
+            fill(local, weights, name, self._start(sharded))
             whole = DTensor.from_local(
                 local, mesh, sharded.placements, run_check=False, shape=sharded.shape, stride=sharded.stride()
             )
@@ -125,6 +124,26 @@ class Fsdp2:
 
     def _averaged(self) -> AbstractContextManager[None]:
         return self._updates.averaged() if self._updates is not None else nullcontext()
+
+    def shards(self) -> Iterator[Shard]:
+        """Rows of each parameter; a rank may have none of a small one."""
+        for name, parameter in trained_parameters(self.model):
+            sharded = cast(DTensor, parameter.detach())
+            local = sharded.to_local().view(-1).float()
+            gradient = cast(DTensor, parameter.grad).to_local().view(-1) if parameter.grad is not None else None
+            if local.numel():
+                yield Shard(name, self._start(sharded), local, gradient)
+
+    def overwrite(self, name: str, value: Tensor) -> None:
+        """Each rank sets its rows."""
+        sharded = cast(DTensor, self.model.get_parameter(name).detach())
+        local = sharded.to_local().view(-1)
+        local.copy_(value.flatten().narrow(0, min(self._start(sharded), value.numel()), local.numel()))
+
+    def _start(self, sharded: DTensor) -> int:
+        """Where this rank's rows begin in the flattened parameter."""
+        rows_before = -(-sharded.shape[0] // self._world.size) * self._world.rank  # torch.chunk's split
+        return rows_before * sharded.shape[1:].numel()
 
     def _gradients(self) -> list[Tensor]:
         return [local_rows(p.grad) for _, p in trained_parameters(self.model) if p.grad is not None]
