@@ -40,6 +40,8 @@ CASES = {
 }
 ALL = bool(os.environ.get("SHARDTUNE_TEST_ALL"))
 """The suite runs a sample."""
+ADALORA = {"method": "adalora", "rank": 2, "initial_rank": 4, "begin": 0.2, "end": 0.8, "interval": 1}
+CASES["llama-adalora"] = ("llama", {"model__dtype": "float32", "tuning": ADALORA})  # reads gradients and sets weights
 if ALL:
     CASES |= {
         "t5-full-rounded": ("t5", {"model__dtype": "bfloat16"}),
@@ -56,7 +58,7 @@ def a_run(case: str, kind: str, offload: str) -> Run:
     return Run(f"{case}-{offload}", model, kind, 2, 2, {**SHARED, **options, "strategy__offload": offload})
 
 
-CHOSEN = [(case, kind) for case in CASES for kind in KINDS if ALL or kind != "zero2" or "full" in case]
+CHOSEN = [(case, kind) for case in CASES for kind in KINDS if ALL or kind != "zero2" or "full" in case or "ada" in case]
 PAIRS = [(a_run(case, kind, "none"), a_run(case, kind, "cpu")) for case, kind in CHOSEN]
 RUNS = [run for pair in PAIRS for run in pair]
 
