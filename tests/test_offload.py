@@ -6,6 +6,7 @@ All runs happen before the first test, in one process group of two ranks. SHARDT
 from __future__ import annotations
 
 import ctypes.util
+import json
 import os
 import random
 from pathlib import Path
@@ -20,6 +21,7 @@ import launching
 import tiny
 from launching import BIN
 from layouts import CLIPPED, Done, Run, launch
+from shardtune.assemble.many import train_many
 from shardtune.assemble.parts import check_device
 from shardtune.config_file import load_config
 from shardtune.errors import ConfigError
@@ -38,6 +40,8 @@ CASES = {
 }
 ALL = bool(os.environ.get("SHARDTUNE_TEST_ALL"))
 """The suite runs a sample."""
+ADALORA = {"method": "adalora", "rank": 2, "initial_rank": 4, "begin": 0.2, "end": 0.8, "interval": 1}
+CASES["llama-adalora"] = ("llama", {"model__dtype": "float32", "tuning": ADALORA})  # reads gradients and sets weights
 if ALL:
     CASES |= {
         "t5-full-rounded": ("t5", {"model__dtype": "bfloat16"}),
@@ -54,7 +58,7 @@ def a_run(case: str, kind: str, offload: str) -> Run:
     return Run(f"{case}-{offload}", model, kind, 2, 2, {**SHARED, **options, "strategy__offload": offload})
 
 
-CHOSEN = [(case, kind) for case in CASES for kind in KINDS if ALL or kind != "zero2" or "full" in case]
+CHOSEN = [(case, kind) for case in CASES for kind in KINDS if ALL or kind != "zero2" or "full" in case or "ada" in case]
 PAIRS = [(a_run(case, kind, "none"), a_run(case, kind, "cpu")) for case, kind in CHOSEN]
 RUNS = [run for pair in PAIRS for run in pair]
 
@@ -129,6 +133,25 @@ def test_weights_move(done: Done, case: str) -> None:
     """Or an offload that trains nothing would agree with another."""
     steps, _ = done.metrics(a_run(case, "fsdp2", "cpu"))
     assert steps[4]["loss"] < steps[0]["loss"], f"it does not learn the same examples; seed {done.seed}"
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_one_process_offloads_too_and_auto_knows_how(
+    tmp_path: Path, optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHARDTUNE_CACHE", str(tmp_path / "cache"))
+    losses = []
+    for offload in ("none", "cpu"):
+        options = {"name": offload, "strategy__offload": offload, "optimizer": {"name": optimizer, "warmup": 0}}
+        train_many([str(tiny.tiny_config(tmp_path, **options))])
+        folder = tmp_path / "runs" / offload
+        assert json.loads((folder / "environment.json").read_text())["strategy"] == (
+            "fsdp2" if offload == "cpu" else "single"
+        )
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        losses.append([line["loss"] for line in lines if "grad_norm" in line])
+    assert len(losses[0]) == 4
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def problems(folder: Path, **options: object) -> str:

@@ -57,6 +57,7 @@ def a_run(name: str, kind: str, ranks: int, model: str = "llama-wide", **options
     return Run(group, model, kind, ranks, 2, {**shared, "duration__steps": STEPS, **options})
 
 
+ADALORA = {"method": "adalora", "rank": 2, "initial_rank": 4, "begin": 0.2, "end": 0.8, "interval": 1}
 LORA = {"tuning": {"method": "lora", "rank": 3, "alpha": 6}}
 WIDE = [a_run(name, "single", 1) for name in OPTIONS]
 ON_TWO = [
@@ -65,11 +66,13 @@ ON_TWO = [
     a_run("lion", "zero3", 2),
     a_run("muon", "fsdp2", 2, **LORA),
     a_run("adafactor", "fsdp2", 2, "t5", strategy__offload="cpu"),
+    a_run("adafactor", "fsdp2", 2, tuning=ADALORA),
     a_run("schedule_free", "fsdp2", 2, "t5", model__dtype="bfloat16"),
 ]
 OTHERS = [
     a_run("muon", "single", 1, **LORA),
     a_run("adafactor", "single", 1, "t5"),
+    a_run("adafactor", "single", 1, tuning=ADALORA),
     a_run("schedule_free", "single", 1, "t5", model__dtype="bfloat16"),
 ]
 RUNS = [*WIDE, *OTHERS, *ON_TWO]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from shardtune.config import BATCH_SIZES, CausalConfig, Config, DataConfig
-from shardtune.optimizer_config import PagedAdamw8bitConfig, PagedAdamwConfig
+from shardtune.optimizer_config import PagedAdamw8bitConfig, PagedAdamwConfig, ScheduleFreeConfig
 from shardtune.tuning_config import (
     AdaloraConfig,
     AdapterSection,
@@ -117,31 +117,6 @@ def conflicts(config: Config) -> Iterator[tuple[str, str]]:
             )
 
 
-def _tuning_conflicts(config: Config) -> Iterator[tuple[str, str]]:
-    tuning, data = config.tuning, config.data
-    if isinstance(tuning, VirtualTokensSection):
-        if data.batching == "packed":
-            yield (
-                "data.batching",
-                f"packed examples would share the virtual tokens of tuning.method: {tuning.method}; use grouped",
-            )
-        if isinstance(tuning, PrefixConfig) and config.model.recompute == "full":
-            yield (
-                "model.recompute",
-                "a prefix is kept where keys and values of text already read are, which recomputation does without; "
-                "use none, or tuning.method: prompt",
-            )
-        if isinstance(tuning, MultitaskPromptConfig) and data.streaming and len(data.sources) > 1:
-            yield "data.streaming", "a stream does not tell the sources apart that multitask_prompt takes for its tasks"
-    if isinstance(tuning, PissaConfig | EvaConfig | LoftqConfig) and getattr(tuning, "from") is not None:
-        instead = "qlora" if isinstance(tuning, LoftqConfig) else "lora"
-        yield (
-            "tuning.from",
-            f"an adapter begins either as tuning.method: {tuning.method} says or as another one; to go on from one, "
-            f"use tuning.method: {instead}",
-        )
-
-
 def _memory_conflicts(config: Config) -> Iterator[tuple[str, str]]:
     strategy, optimizer = config.strategy, config.optimizer
     able = {"none": [], "cpu": ["fsdp2", "zero2", "zero3"], "nvme": ["zero3"]}[strategy.offload]
@@ -176,6 +151,36 @@ def _memory_conflicts(config: Config) -> Iterator[tuple[str, str]]:
         yield (
             "optimizer.name",
             f"{optimizer.name} does not go with {strategy.kind}: {reason}. Use strategy.kind: fsdp2 or ddp",
+        )
+    if isinstance(optimizer, ScheduleFreeConfig) and isinstance(config.tuning, AdaloraConfig):
+        yield (
+            "optimizer.name",
+            "schedule_free would bring back what tuning.method: adalora takes away; use another optimizer",
+        )
+
+
+def _tuning_conflicts(config: Config) -> Iterator[tuple[str, str]]:
+    tuning, data = config.tuning, config.data
+    if isinstance(tuning, VirtualTokensSection):
+        if data.batching == "packed":
+            yield (
+                "data.batching",
+                f"packed examples would share the virtual tokens of tuning.method: {tuning.method}; use grouped",
+            )
+        if isinstance(tuning, PrefixConfig) and config.model.recompute == "full":
+            yield (
+                "model.recompute",
+                "a prefix is kept where keys and values of text already read are, which recomputation does without; "
+                "use none, or tuning.method: prompt",
+            )
+        if isinstance(tuning, MultitaskPromptConfig) and data.streaming and len(data.sources) > 1:
+            yield "data.streaming", "a stream does not tell the sources apart that multitask_prompt takes for its tasks"
+    if isinstance(tuning, PissaConfig | EvaConfig | LoftqConfig) and getattr(tuning, "from") is not None:
+        instead = "qlora" if isinstance(tuning, LoftqConfig) else "lora"
+        yield (
+            "tuning.from",
+            f"an adapter begins either as tuning.method: {tuning.method} says or as another one; to go on from one, "
+            f"use tuning.method: {instead}",
         )
 
 

@@ -21,8 +21,8 @@ class AdamW(Recipe):
     def __call__(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.AdamW:
         """torch's fused implementation where all parameters are plain tensors, its default one otherwise.
 
-        On one core of a CPU the fused one takes 0.4 of the time of the default one and is as fast as memory is, so
-        offloaded parameters need no optimizer that is compiled first. Raises ValueError without parameters.
+        On a CPU the fused one takes 0.4 of the time of the default one, and no more than the one that DeepSpeed
+        compiles for offloaded parameters. Raises ValueError without parameters.
         """
         named = list(named_parameters)
         return torch.optim.AdamW(

@@ -67,8 +67,8 @@ class RowUpdates:
 class WholeUpdates:
     """Every parameter is updated whole, by the rank that it is assigned to; for optimizers that look at whole matrices.
 
-    The update is then the same as in one process, bit for bit. It takes a whole copy of a rank's share of the
-    parameters and their gradients, and sends the rows of each gradient to one rank and those of the parameter back.
+    The update is then that of one process, bit for bit. The rows of each parameter and of its gradient are sent to one
+    rank, and those of the new parameter back; in between a rank holds whole copies of its share of both.
     """
 
     def __init__(self, parameters: Named, make_optimizer: MakeOptimizer, world: World) -> None:
@@ -81,27 +81,34 @@ class WholeUpdates:
             owner = load.index(min(load))
             load[owner] += parameter.numel()
             self._parameters.append((name, parameter, owner))
-            whole = self._gather(parameter, owner)
-            if whole is not None:
-                self._owned[name] = nn.Parameter(whole)
-        order = [name for name, _ in parameters]
-        own = sorted(self._owned.items(), key=lambda item: order.index(item[0]))
+            if owner == world.rank:
+                self._owned[name] = nn.Parameter(local_rows(parameter).new_empty(parameter.shape))
+        own = [(name, self._owned[name]) for name, _ in parameters if name in self._owned]
         self._optimizer = make_optimizer(own) if own else None
+        self._release()
 
     def step(self, lr: float) -> None:
-        """Every gradient goes to the owner of its parameter, whose new rows come back."""
+        """Parameters and gradients go to their owners, whose new rows come back."""
         for name, parameter, owner in self._parameters:
             if parameter.grad is None:  # on all ranks alike
                 continue
-            whole = self._gather(parameter.grad, owner)
+            whole, gradient = self._gather(parameter, owner), self._gather(parameter.grad, owner)
             if whole is not None:
-                self._owned[name].grad = whole
+                self._owned[name].data = whole
+                self._owned[name].grad = gradient
         if self._optimizer is not None:
             set_learning_rate(self._optimizer, lr)
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
         for name, parameter, owner in self._parameters:
-            self._scatter(self._owned.get(name), parameter, owner)
+            if parameter.grad is not None:
+                self._scatter(self._owned.get(name), parameter, owner)
+        self._release()
+
+    def _release(self) -> None:
+        """The optimizer knows the parameters that it updates by these objects; their values are with all ranks."""
+        for whole in self._owned.values():
+            whole.data = whole.data.new_empty(0)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

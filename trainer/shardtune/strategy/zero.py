@@ -45,6 +45,7 @@ class Zero:
     model: nn.Module
     _module: nn.Module
     _engine: Any = None
+    _accumulated = False
 
     def __init__(
         self,
@@ -187,6 +188,7 @@ class Zero:
     def backward(self, loss: Tensor) -> None:
         """Adds gradients; the engine averages over ranks, which is undone here."""
         self._engine.backward(loss * self._world.size, scale_wrt_gas=False)
+        self._accumulated = True
 
     def grad_norm(self) -> float:
         """Each rank squares its part."""
@@ -203,6 +205,7 @@ class Zero:
             optimizer.override_loss_scale(1.0 / max(scale, torch.finfo(torch.float32).tiny))
             self._engine.step()
             optimizer.override_loss_scale(1.0)
+        self._accumulated = False
         if self._offload == "cpu":
             for gradient in self._gradients():  # or that of a parameter that the next step does not use would stay
                 gradient.zero_()
@@ -228,7 +231,9 @@ class Zero:
         """Under stage 3 a range of each parameter; before, what lies in this rank's range of all of them."""
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad
 
-        accumulated = any(group for group in self._engine.optimizer.averaged_gradients.values())
+        accumulated = self._accumulated
+        if self._offload == "none":  # they may still wait for the last micro-batch
+            accumulated = any(group for group in self._engine.optimizer.averaged_gradients.values())
         for name, parameter in trained_parameters(self._module):
             gradient = None
             if self._stage == 3:
@@ -277,10 +282,9 @@ class Zero:
             # What was accumulated in the host's memory, before it was written to disk.
             return list(optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition.values())
         if self._offload == "cpu":
+            in_stage_3 = self._stage == 3
             masters = (
-                optimizer.fp32_partitioned_groups_flat
-                if self._stage == 3
-                else (optimizer.single_partition_of_fp32_groups)
+                optimizer.fp32_partitioned_groups_flat if in_stage_3 else optimizer.single_partition_of_fp32_groups
             )
             return [master.grad for master in masters]
         groups = optimizer.averaged_gradients
