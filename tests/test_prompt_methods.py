@@ -11,6 +11,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig
 
@@ -67,16 +68,16 @@ class Run(NamedTuple):
 
 
 SINGLE = [
-    *(Run(model, method) for model in ("t5", "llama") for method in METHODS),
-    Run("t5_uneven", "prefix"), Run("bart", "multitask"), Run("bart", "prefix"), Run("gpt2", "prompt"),
-    Run("gpt2", "prefix"), Run("bert", "prefix"), Run("bert", "prompt"), Run("llama_labels", "prefix"),
+    Run("t5", "prompt"), Run("t5", "projected"), Run("t5", "lstm"), Run("t5", "tasks"), Run("llama", "prefix"),
+    Run("llama", "text"), Run("llama", "mlp"), Run("llama", "lstm"), Run("llama", "tasks"), Run("t5_uneven", "prefix"),
+    Run("bart", "multitask"), Run("gpt2", "prompt"), Run("bert", "prefix"), Run("llama_labels", "prefix"),
     Run("llama_labels", "mlp"),
 ]  # fmt: skip
 TWO_RANKS = [
     Run("t5", "projected", "zero3"), Run("t5", "lstm", "fsdp2"), Run("t5", "prompt", "ddp"),
-    Run("t5", "tasks", "fsdp2"), Run("llama", "prefix", "fsdp2"), Run("llama", "lstm", "zero3"),
-    Run("llama", "tasks", "zero3"), Run("llama", "mlp", "fsdp2"), Run("llama_labels", "mlp", "zero3"),
+    Run("llama", "prefix", "fsdp2"), Run("llama", "tasks", "zero3"), Run("llama_labels", "mlp", "zero3"),
 ]  # fmt: skip
+STEPS = 5
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,7 @@ def config_of(folder: Path, run: Run) -> Path:
         }
     return run_many.config(
         folder, run.name, model_of(folder, run), run.task, tuning=METHODS[run.method], strategy__kind=run.strategy,
-        duration__steps=8 if run.strategy == "single" else 4, optimizer__schedule="constant", **options,
+        duration__steps=STEPS, optimizer__schedule="constant", **options,
     )  # fmt: skip
 
 
@@ -137,7 +138,7 @@ class Told(nn.Module):
 def test_peft_alone_predicts_the_same(done: Path, run: Run) -> None:
     """Row by row and without padding: the run's own predictions were made in batches."""
     model, tokenizer = loaded(done, run), plain.load_tokenizer(model_of(done, run))
-    rows = plain.read_rows(done / "runs" / run.name / "predictions" / "step-8-validation.jsonl")
+    rows = plain.read_rows(done / "runs" / run.name / "predictions" / f"step-{STEPS}-validation.jsonl")
     of_second = {row["text"] for row in tiny.rows(20, 9)} if run.method == "tasks" else set()
     assert rows
     tasks, loss, targets = set(), 0.0, 0
@@ -164,23 +165,23 @@ def test_the_loss_falls(done: Path, run: Run) -> None:
 
 @pytest.mark.parametrize("run", TWO_RANKS, ids=lambda run: run.name)
 def test_layouts_agree(done: Path, run: Run) -> None:
-    """The first steps' losses, and, after as many steps, the vectors and the network that computes them."""
-    short = Run(run.model, run.method)
-    (steps, _), (reference, _) = (run_many.metrics(done / "runs" / name) for name in (run.name, short.name))
-    for mine, theirs in zip(steps, reference, strict=False):
-        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
-    model = loaded(done, run)
-    shapes = {name: tuple(tensor.shape) for name, tensor in run_many.adapter(done / "runs" / short.name).items()}
-    found = run_many.adapter(done / "runs" / run.name)
-    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == shapes
-    assert all(bool(tensor.any()) for tensor in found.values())
-    rows = plain.read_rows(done / "runs" / run.name / "predictions" / "step-4-validation.jsonl")
-    tokenizer = plain.load_tokenizer(model_of(done, run))
-    if run.method != "tasks":
-        given = [{"text": row["source"], "summary": "", "label": "no"} for row in rows]
-        predicted = [plain.predict(model, tokenizer, run.task, row) for row in given]
-        assert predicted == [row["prediction"] for row in rows]
+    """Losses, gradients, predictions, and in the end the vectors and the network that computes them."""
+    alone, spread = done / "runs" / Run(run.model, run.method).name, done / "runs" / run.name
+    (steps, _), (reference, _) = run_many.metrics(spread), run_many.metrics(alone)
+    for mine, theirs in zip(steps, reference, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+    assert steps[0]["loss"] == pytest.approx(reference[0]["loss"], rel=1e-5)
+    file = f"step-{STEPS}-validation.jsonl"
+    assert plain.read_rows(spread / "predictions" / file) == plain.read_rows(alone / "predictions" / file)
+    for name in ("adapter_model.safetensors", "trained_encoder.safetensors"):
+        assert (spread / "final" / name).exists() == (alone / "final" / name).exists()
+        if (spread / "final" / name).exists():
+            found, expected = (load_file(folder / "final" / name) for folder in (spread, alone))
+            assert found.keys() == expected.keys()
+            for key, tensor in expected.items():
+                torch.testing.assert_close(found[key], tensor, rtol=1e-4, atol=1e-4)
+                assert bool(tensor.any())
 
 
 # ------------------------------------------------------------------------------------- what they begin as
@@ -300,7 +301,7 @@ def test_the_model_is_told_the_tasks(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------ after the run, refusals
 
 
-JUDGED = [Run("t5", "lstm"), Run("llama", "tasks"), Run("llama", "prefix"), Run("bert", "prompt")]
+JUDGED = [Run("t5", "lstm"), Run("llama", "tasks"), Run("llama", "prefix"), Run("bert", "prefix")]
 
 
 @pytest.mark.parametrize("run", JUDGED, ids=lambda run: run.name)
@@ -312,7 +313,7 @@ def test_results_are_judged_and_tried(done: Path, run: Run, monkeypatch: pytest.
     _, evaluations = run_many.metrics(folder)
     table = evaluate(config, read_texts(config), None, "validation")
     assert f"{evaluations[-1]['loss']:.4f}" in table
-    rows = plain.read_rows(folder / "predictions" / "step-8-validation.jsonl")
+    rows = plain.read_rows(folder / "predictions" / f"step-{STEPS}-validation.jsonl")
     if run.method != "tasks":
         assert list(generate(config, folder, [row["source"] for row in rows], False)) == [r["prediction"] for r in rows]
     assert len(list(generate(config, folder, ["red cat", "old dog"], False))) == 2
@@ -324,7 +325,7 @@ def test_the_network_lies_beside_the_result(done: Path) -> None:
     assert set(run_many.adapter(final.parent)) == {"prompt_embeddings"}
     assert (final / "trained_encoder.safetensors").exists()
     assert json.loads((final / "adapter_config.json").read_text())["inference_mode"] is True
-    assert not (done / "runs" / Run("t5", "prefix").name / "final" / "trained_encoder.safetensors").exists()
+    assert not (done / "runs" / Run("llama", "prefix").name / "final" / "trained_encoder.safetensors").exists()
 
 
 @pytest.mark.parametrize(
