@@ -20,7 +20,7 @@ import run_many
 import tiny
 from shardtune.assemble.data import read_texts
 from shardtune.assemble.positions import check_positions
-from shardtune.assemble.trained import evaluate, generate
+from shardtune.assemble.trained import evaluate, export, generate
 from shardtune.assemble.tunings import make_tuning
 from shardtune.config_file import load_config
 from shardtune.data.tables import TokenTable
@@ -264,7 +264,13 @@ def test_padding_on_either_side_changes_nothing(tmp_path: Path) -> None:
                     torch.testing.assert_close(logits[index, : len(row)], plainly.logits[0, 3:], rtol=1e-4, atol=1e-5)
                 kept = model(input_ids=ids, attention_mask=mask, logits_to_keep=torch.tensor([1, 4])).logits
                 torch.testing.assert_close(kept, logits[:, [1, 4]])
-            how = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+            how = {
+                "max_new_tokens": 5,
+                "do_sample": False,
+                "eos_token_id": None,
+                "pad_token_id": 0,
+                "repetition_penalty": 1.5,
+            }
             if left:
                 together = model.generate(input_ids=ids, attention_mask=mask, **how)
                 for index, row in enumerate(rows):
@@ -317,6 +323,12 @@ def test_results_are_judged_and_tried(done: Path, run: Run, monkeypatch: pytest.
     if run.method != "tasks":
         assert list(generate(config, folder, [row["source"] for row in rows], False)) == [r["prediction"] for r in rows]
     assert len(list(generate(config, folder, ["red cat", "old dog"], False))) == 2
+
+
+def test_virtual_tokens_are_not_merged(done: Path, tmp_path: Path) -> None:
+    run = Run("llama", "prefix")
+    with pytest.raises(ConfigError, match=r"virtual tokens \(tuning.method: prefix\) stand before the text"):
+        export(load_config(config_of(done, run), []), done / "runs" / run.name, tmp_path / "out", merge=True)
 
 
 def test_the_network_lies_beside_the_result(done: Path) -> None:

@@ -74,7 +74,7 @@ def begin_with(
             f"{lacking[0]}; are model.path and tuning.targets those that it was trained with?"
         )
     if missing:
-        notes.append("the classification head begins anew: its labels are not those of the adapter")
+        notes.append("the classification head begins anew: the adapter has none for these labels")
     return Overlay(weights, others), [f"begins as the adapter in {folder}", *notes]
 
 
