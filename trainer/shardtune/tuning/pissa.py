@@ -79,9 +79,9 @@ class Pissa(Lora):
         self._began = given
         return InitialValues(weights, given, lowered)
 
-    def adapter(self, model: nn.Module, trained: dict[str, Tensor]) -> Adapter:
+    def result(self, model: nn.Module, trained: dict[str, Tensor], initial: Weights) -> Adapter:
         """[A; A₀] and [B, -B₀], as PEFT's `path_initial_model_for_weight_conversion` gives."""
-        plain = super().adapter(model, trained)
+        plain = super().result(model, trained, initial)
         converted = dict(plain.tensors)
         for name, value in self._began.items():
             saved = name.replace(".default.", ".")
