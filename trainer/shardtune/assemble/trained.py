@@ -167,8 +167,8 @@ def export(config: Config, run: Path, out: Path, merge: bool) -> str:
 
     if PeftConfig.from_pretrained(str(folder)).is_prompt_learning:
         raise ConfigError(
-            f"command line --merge: virtual tokens (tuning.method: {config.tuning.method}) stand before the text, not in "
-            "the weights, so they cannot be merged; leave --merge out"
+            f"command line --merge: virtual tokens (tuning.method: {config.tuning.method}) stand before the text, not "
+            "in the weights, so they cannot be merged; leave --merge out"
         )
     with quiet_libraries():
         tokenizer = load_tokenizer(str(folder), config.task.truncation_side, config.model.trust_remote_code)
