@@ -500,7 +500,7 @@ class Done:
             "data__train": str(self.folder / "train.jsonl"),
             "data__validation": str(self.folder / "validation.jsonl"),
             "batch": {"examples": 29, "micro_examples": 8},
-            "optimizer__lr": 2e-3,
+            "optimizer__lr": 2e-4 if which.method == "loraplus" else 2e-3,
             "optimizer__eps": 1e-4,  # or a gradient of pure noise decides
             "duration__steps": STEPS,
             "strategy__kind": which.strategy,

@@ -206,6 +206,25 @@ def test_predictions_without_us(done: Done, which: Run) -> None:
         assert line["prediction"] == plain.predict(model, tokenizer, task, row), (done.seed, line)
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "zero3"])
+def test_stored_bytes(done: Done, kind: str) -> None:
+    """Sharded strategies split the 4-bit weights; every rank has all the scales, and says so."""
+    which = Run("llama", "nf4", kind, 2)
+    mine, first = (json.loads((done.path(run) / "environment.json").read_text()) for run in (which, which.single))
+    (whole,) = first["stored_bytes"]
+    assert len(mine["stored_bytes"]) == 2
+    matrices = [64 * 64, 64 * 32, 64 * 32, 64 * 64, 3 * 64 * 96]  # of each of two layers
+    assert whole["quantized"] == 2 * sum(matrices) / 2
+    assert whole["scales"] == 2 * sum(matrices) / 64
+    for held in mine["stored_bytes"]:
+        assert held["quantized"] == whole["quantized"] / (1 if kind == "ddp" else 2)
+        assert held["scales"] == whole["scales"]
+        assert held["nested_scales"] == whole["nested_scales"] > 0
+    said = (done.folder / "runs" / f"{which.name}.log").read_text()
+    assert "quantized MB" in said
+    assert f"{mine['stored_bytes'][0]['quantized'] / 1e6:.4f}" in said
+
+
 def test_evaluate_and_generate_on_a_quantized_base(done: Done) -> None:
     """The commands load the base as it was while training."""
     which = RUNS[0]

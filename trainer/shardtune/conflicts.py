@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from shardtune.config import BATCH_SIZES, CausalConfig, Config, DataConfig
-from shardtune.tuning_config import AdapterSection, EvaConfig, PissaConfig
+from shardtune.tuning_config import (
+    AdaloraConfig,
+    AdapterSection,
+    EvaConfig,
+    LoftqConfig,
+    MultitaskPromptConfig,
+    PissaConfig,
+    PrefixConfig,
+    VeraConfig,
+    VirtualTokensSection,
+)
 
 
 def conflicts(config: Config) -> Iterator[tuple[str, str]]:
@@ -61,6 +71,17 @@ def conflicts(config: Config) -> Iterator[tuple[str, str]]:
                 "model.tokenizer",
                 "a newly trained tokenizer does not fit pretrained weights; use model.weights: random",
             )
+    if isinstance(config.tuning, AdaloraConfig):
+        tuning = config.tuning
+        if tuning.initial_rank < tuning.rank:
+            yield "tuning.initial_rank", f"ranks fall, so it cannot be below tuning.rank, which is {tuning.rank}"
+        if tuning.begin >= tuning.end:
+            yield "tuning.begin", f"{tuning.begin:g} is not before tuning.end, which is {tuning.end:g}"
+    if isinstance(config.tuning, VeraConfig) and (config.tuning.dtype, model.dtype) == ("bfloat16", "float32"):
+        yield (
+            "tuning.dtype",
+            "vera's projections are stored as the model computes; use float32, or model.dtype: bfloat16",
+        )
     if config.model.layers is not None and isinstance(config.tuning, AdapterSection):
         yield "model.layers", "an adapter is loaded beside the whole model; use tuning.method: full or freeze"
     if isinstance(config.tuning, PissaConfig) and config.tuning.dropout > 0:
@@ -72,6 +93,7 @@ def conflicts(config: Config) -> Iterator[tuple[str, str]]:
         yield "tuning.method", "eva reads training examples before the first step, which a stream does not allow"
     if config.model.layers is not None and not config.model.layers:
         yield "model.layers", "keep at least one layer, or leave the key out to keep all"
+    yield from _tuning_conflicts(config)
     if config.evaluation.metrics is not None:
         for_labels = {"accuracy", "macro_f1"}
         for_texts = {"rouge", "bleu", "chrf", "exact_match"}
@@ -85,6 +107,31 @@ def conflicts(config: Config) -> Iterator[tuple[str, str]]:
                 "evaluation.metrics",
                 f"{', '.join(sorted(names & for_texts))}: only with a target; task.text has none",
             )
+
+
+def _tuning_conflicts(config: Config) -> Iterator[tuple[str, str]]:
+    tuning, data = config.tuning, config.data
+    if isinstance(tuning, VirtualTokensSection):
+        if data.batching == "packed":
+            yield (
+                "data.batching",
+                f"packed examples would share the virtual tokens of tuning.method: {tuning.method}; use grouped",
+            )
+        if isinstance(tuning, PrefixConfig) and config.model.recompute == "full":
+            yield (
+                "model.recompute",
+                "a prefix is kept where keys and values of text already read are, which recomputation does without; "
+                "use none, or tuning.method: prompt",
+            )
+        if isinstance(tuning, MultitaskPromptConfig) and data.streaming and len(data.sources) > 1:
+            yield "data.streaming", "a stream does not tell the sources apart that multitask_prompt takes for its tasks"
+    if isinstance(tuning, PissaConfig | EvaConfig | LoftqConfig) and getattr(tuning, "from") is not None:
+        instead = "qlora" if isinstance(tuning, LoftqConfig) else "lora"
+        yield (
+            "tuning.from",
+            f"an adapter begins either as tuning.method: {tuning.method} says or as another one; to go on from one, "
+            f"use tuning.method: {instead}",
+        )
 
 
 def _mixture_conflicts(data: DataConfig) -> Iterator[tuple[str, str]]:

@@ -26,6 +26,10 @@ IGNORED = -100
 """The label of a position that is no target."""
 
 
+BESIDE = "trained_encoder.safetensors"
+"""The file of what stands beside an adapter: see `Adapter.beside`."""
+
+
 class Text(NamedTuple):
     """One example as people read it, and where it comes from."""
 
@@ -44,6 +48,8 @@ class Tokens(NamedTuple):
     target: NDArray[np.int32]
     """The tokens to write with their end token, or one class index: each is a target of the loss. Between the turns
     of a conversation stand tokens that are read but not learned, as `~id`, so negative."""
+    origin: int = 0
+    """Which source of the training data it is from."""
 
 
 class Encoded(NamedTuple):
@@ -109,6 +115,18 @@ class Generation(NamedTuple):
     """Whether all ranks must call the model equally often, because each holds only a part of it."""
 
 
+class Shard(NamedTuple):
+    """This rank's part of a trained parameter; every element of the parameter is in the part of one rank."""
+
+    name: str
+    start: int
+    """Where the part begins in the flattened parameter."""
+    value: Tensor
+    """float32, 1-D; to be read only."""
+    gradient: Tensor | None
+    """Of the step, 1-D, as long as `value`; there from the step's last `backward` to its `step`."""
+
+
 class Task(Protocol):
     """What the model learns to do: from texts to tokens, to a loss, and back to texts."""
 
@@ -134,6 +152,18 @@ class Task(Protocol):
         ...
 
 
+class Adapter(NamedTuple):
+    """An adapter as its folder holds it; tensors are whole, on the CPU."""
+
+    settings: PeftConfig
+    """What `adapter_config.json` is to say."""
+    tensors: dict[str, Tensor]
+    """Those of `adapter_model.safetensors`."""
+    beside: dict[str, Tensor]
+    """What PEFT does not read, but a run that goes on from there (`tuning.from`) does: the trained parameters that
+    `tensors` were computed by."""
+
+
 class Tuning(Protocol):
     """Which parameters are trained, and what they begin as."""
 
@@ -154,8 +184,10 @@ class Tuning(Protocol):
         initialization. All ranks call it and get the same."""
         ...
 
-    def result(self, state: dict[str, Tensor], settings: PeftConfig) -> tuple[dict[str, Tensor], PeftConfig]:
-        """The adapter to save: its tensors under PEFT's names and its settings, from what was trained and how."""
+    def adapter(self, model: nn.Module, trained: dict[str, Tensor]) -> Adapter:
+        """The result, where it is an adapter, given the trained parameters, whole and float32, by the names of the
+        applied `model`. The first rank calls it alone. A parameter that is saved as it is stays the same object: so a
+        model on the meta device tells which tensor of a file belongs where."""
         ...
 
     def lr_scale(self, name: str) -> float:
@@ -164,6 +196,11 @@ class Tuning(Protocol):
 
     def notes(self) -> list[str]:
         """Lines to say at the start, after `apply`: what was matched."""
+        ...
+
+    def in_training(self, task: Task, strategy: Strategy, total_steps: int, world: World) -> tuple[Task, Strategy]:
+        """What the training loop is given for `task` and the prepared `strategy`, by a method that acts in every
+        step."""
         ...
 
 
@@ -229,6 +266,19 @@ class Strategy(Protocol):
     def full_trained(self) -> Iterator[tuple[str, Tensor | None]]:
         """Each trained parameter whole, float32, on the CPU of rank 0 (None elsewhere). All ranks iterate; at
         most one parameter is whole at a time."""
+        ...
+
+    def shards(self) -> Iterator[Shard]:
+        """This rank's part of each trained parameter that it has one of."""
+        ...
+
+    def overwrite(self, name: str, value: Tensor) -> None:
+        """Sets a trained parameter: its master weight and what the forward pass reads. All ranks give the same whole
+        value, in float32."""
+        ...
+
+    def drop(self) -> None:
+        """Lets go of the model, which is of no use afterwards."""
         ...
 
 

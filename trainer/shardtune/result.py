@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from safetensors import SafetensorError
@@ -16,10 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shardtune.errors import StorageError
-from shardtune.protocols import Strategy, Tuning, Weights
-
-if TYPE_CHECKING:  # peft takes seconds to import, and most runs train no adapter
-    from peft import PeftModel
+from shardtune.protocols import BESIDE, Adapter, Strategy, Weights
 
 SHARD_BYTES = 5_000_000_000
 """Largest file of a model, and about what the first rank holds of it at once."""
@@ -33,13 +29,14 @@ def write_result(
     tokenizer: PreTrainedTokenizerBase,
     labels: Sequence[str],
     stored_dtype: torch.dtype,
-    tuning: Tuning,
+    adapter_of: Callable[[dict[str, Tensor]], Adapter] | None,
     is_first: bool,
 ) -> None:
-    """Writes the result of `tuning` on `model`, which has been prepared by `strategy`; all ranks call it.
+    """Writes the result of tuning `model`, which has been prepared by `strategy`; all ranks call it.
 
-    An adapter is float32; a model has `stored_dtype`, that of the weights it began from, and what was not trained is
-    taken from them unrounded. Raises StorageError on the first rank; the folder is whole or absent.
+    `adapter_of`: what the trained parameters are as an adapter; None: the result is a model. An adapter is float32; a
+    model has `stored_dtype`, that of the weights it began from, and what was not trained is taken from them unrounded.
+    Raises StorageError on the first rank; the folder is whole or absent.
     """
     trained = strategy.full_trained()
     if not is_first:
@@ -51,8 +48,8 @@ def write_result(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         present = ((name, cast(Tensor, tensor)) for name, tensor in trained)
-        if tuning.makes_adapter:
-            _write_adapter(partial, cast("PeftModel", model), present, tuning)
+        if adapter_of is not None:
+            _write_adapter(partial, adapter_of(dict(present)))
         else:
             base = cast(PreTrainedModel, model)
             _write_model(partial, base, _all_tensors(base, present, weights), stored_dtype)
@@ -117,11 +114,10 @@ def _write_model(
         model.generation_config.save_pretrained(str(folder))
 
 
-def _write_adapter(folder: Path, model: PeftModel, tensors: Iterable[tuple[str, Tensor]], tuning: Tuning) -> None:
-    from peft.utils import get_peft_model_state_dict
-
-    state = get_peft_model_state_dict(model, state_dict=dict(tensors), save_embedding_layers=False)
-    state, settings = tuning.result(state, copy.copy(model.peft_config["default"]))
-    save_file({name: t.contiguous() for name, t in state.items()}, str(folder / "adapter_model.safetensors"))
+def _write_adapter(folder: Path, adapter: Adapter) -> None:
+    save_file({name: t.contiguous() for name, t in adapter.tensors.items()}, str(folder / "adapter_model.safetensors"))
+    if adapter.beside:
+        save_file({name: t.contiguous() for name, t in adapter.beside.items()}, str(folder / BESIDE))
+    settings = adapter.settings
     settings.inference_mode = True
     settings.save_pretrained(str(folder))

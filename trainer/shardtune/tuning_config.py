@@ -8,6 +8,7 @@ from pydantic import Field, create_model
 
 from shardtune.section import Positive, Rate, Section, Share
 
+Smoothing = Annotated[float, Field(gt=0.0, lt=1.0)]
 Targets = Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)]
 
 
@@ -196,7 +197,7 @@ class AdaloraConfig(AdapterSection):
     initial_rank: Positive = 12
     """Rank of each update in the beginning."""
     alpha: Annotated[float, Field(gt=0)] = 32
-    """The update is scaled by alpha / rank."""
+    """The update is scaled by alpha / initial_rank."""
     dropout: Rate = 0.0
     """Share of the adapter's inputs dropped while training."""
     targets: Targets = "all-linear"
@@ -207,9 +208,9 @@ class AdaloraConfig(AdapterSection):
     """Share of the steps after which ranks stay as they are."""
     interval: Positive = 10
     """Steps between two reallocations."""
-    beta1: Rate = 0.85
+    beta1: Smoothing = 0.85
     """Decay rate of the running mean of a weight's sensitivity."""
-    beta2: Rate = 0.85
+    beta2: Smoothing = 0.85
     """Decay rate of the running mean of its uncertainty."""
     orthogonality: Annotated[float, Field(ge=0.0)] = 0.5
     """Weight of the penalty that keeps the update's factors orthogonal."""
@@ -222,8 +223,8 @@ class Ia3Config(AdapterSection):
     method: Literal["ia3"]
     """Which parameters are trained."""
     targets: Targets | None = None
-    """Module name endings, or a regular expression; null: the architecture's keys, values and last feed-forward
-    layers."""
+    """Module name endings, or a regular expression; null: those that PEFT names for the
+    architecture, otherwise its keys, values and last feed-forward layers."""
     feedforward: Targets | None = None
     """Which of `targets` have a factor for each input instead of each output; null: the last feed-forward layers."""
 
@@ -279,7 +280,7 @@ class OftConfig(AdapterSection):
     method: Literal["oft"]
     """Which parameters are trained."""
     block_size: Positive = 32
-    """Size of a rotation; lowered for a layer whose inputs it does not divide."""
+    """Size of a rotation; lowered for all layers to what divides the input size of each."""
     dropout: Rate = 0.0
     """Share of the blocks left as they are while training."""
     targets: Targets = "all-linear"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -29,7 +31,9 @@ from shardtune.strategy.zero import Zero
 from shardtune.task.causal import Causal
 from shardtune.task.chat import Chat
 from shardtune.task.classification import Classification
+from shardtune.task.multitask import Multitask
 from shardtune.task.seq2seq import Seq2Seq
+from shardtune.tuning_config import MultitaskPromptConfig
 from shardtune.world import World
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -53,6 +57,17 @@ def make_task(
         return Causal(tokenizer, config.max_source_tokens, config.max_target_tokens, whole_text, keeps_logits(model))
     start = decoder_start(model, path)
     return Seq2Seq(tokenizer, config.max_source_tokens, config.max_target_tokens, start)
+
+
+def of_tasks(config: Config, task: Task) -> Task:
+    """The same task; told which of several an example is of, where the method has something for each."""
+    return Multitask(task) if isinstance(config.tuning, MultitaskPromptConfig) else task
+
+
+def saved_labels(folder: Path) -> list[str]:
+    """The labels of a classifier's result; empty for other results."""
+    path = folder / "labels.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
 
 def is_chat(config: TaskConfig) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import logging
 import os
 import sys
@@ -21,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from shardtune import optim, run_folder
+from shardtune.assemble.earlier import begin_with, folder_of, take_over
 from shardtune.assemble.eva import observe_inputs
 from shardtune.assemble.isolation import check_isolation
 from shardtune.assemble.parts import (
@@ -32,7 +32,10 @@ from shardtune.assemble.parts import (
     make_strategy,
     make_task,
     metric_names,
+    of_tasks,
+    saved_labels,
 )
+from shardtune.assemble.positions import check_positions, longest_row
 from shardtune.assemble.steps import describe_sources, make_course, make_stream, make_stream_course
 from shardtune.assemble.stored import Stored, describe_stored, stored
 from shardtune.assemble.tunings import make_tuning
@@ -85,14 +88,17 @@ def train_run(config: Config, world: World, corpus: Corpus | None, command_line:
     """
     folder = Path(config.runs) / config.name
     check_device(config, world)
+    config = take_over(config)
     prepared = prepare(config, world, corpus)
-    tuning = make_tuning(config.tuning, config.task.kind)
+    sources = [source.path for source in config.data.sources]
+    tuning = make_tuning(config.tuning, config.task.kind, prepared.tokenizer, sources, config.seed)
     build = functools.partial(make_skeleton, config, prepared, config.model.path, config.model.weights == "pretrained")
     if isinstance(tuning, Eva):
         observe_inputs(tuning, config, world, build, prepared.task, prepared.tables["train"], prepared.train_counts)
     skeleton = build()
     if isinstance(prepared.task, Chat):
         prepared.task.stop_at_turns_end(skeleton.model)
+    prepared.task = of_tasks(config, prepared.task)
     dtype = DTYPES[config.model.dtype]
     if tuning.quantization is not None:
         quantize_layers(
@@ -108,12 +114,15 @@ def train_run(config: Config, world: World, corpus: Corpus | None, command_line:
             f"model.tokenizer: has {len(prepared.tokenizer):,} tokens, more than {config.model.path}; an adapter would "
             "not hold the new ones. Use tuning.method: full, or the model's own tokenizer"
         )
-    weights = tuning.initial(model, initial, world)
+    weights, notes = tuning.initial(model, initial, world), tuning.notes()
+    if (earlier := folder_of(config)) is not None:
+        weights, taken = begin_with(earlier, config.tuning.method, tuning, model, weights, prepared.labels)
+        notes += taken
     if tuning.quantization is not None:
         weights = QuantizedWeights(model, weights, world.device, world.largest)
     # One rank decides: cards may differ, and all must choose alike.
     kind = world.first_does("strategy", lambda: choose_strategy(config.strategy.kind, model, world, dtype))
-    facts = _facts(config, world, prepared, skeleton, model, kind, tuning.notes())
+    facts = _facts(config, world, prepared, skeleton, model, kind, notes)
     make_optimizer = functools.partial(
         optim.adamw,
         lr=config.optimizer.lr,
@@ -163,7 +172,7 @@ def train_run(config: Config, world: World, corpus: Corpus | None, command_line:
         if config.evaluation.baseline and total_steps > 0:
             reporter.evaluate()
         train(
-            state, total_steps, steps, prepared.task, strategy, world,
+            state, total_steps, steps, *tuning.in_training(prepared.task, strategy, total_steps, world), world,
             functools.partial(
                 optim.learning_rate, total_steps=total_steps, peak=config.optimizer.lr,
                 schedule=config.optimizer.schedule, warmup=config.optimizer.warmup,
@@ -176,7 +185,7 @@ def train_run(config: Config, world: World, corpus: Corpus | None, command_line:
         reporter.evaluate()
         write_result(
             folder / "final", model, strategy, weights, prepared.tokenizer, prepared.labels, skeleton.stored_dtype,
-            tuning, world.is_first,
+            functools.partial(tuning.adapter, model) if tuning.makes_adapter else None, world.is_first,
         )  # fmt: skip
     except DataError as error:  # of a stream, which every rank reads, each perhaps from a file of its own
         if not world.first_to_say("stream"):
@@ -217,19 +226,22 @@ def prepare(config: Config, world: World, corpus: Corpus | None, result: Path | 
     if task_kind == "classification":
         labels = saved_labels(result) if result is not None else world.first_does("labels", lambda: _labels(corpus))
         name_labels(architecture, labels)
-    _check_positions(config, architecture)
+    check_positions(config, architecture)
     if is_chat(config.task) and result is None:  # a result's tokenizer has the template
         set_template(tokenizer, getattr(config.task, "template", None))
     task = make_task(config.task, config.model.path, tokenizer, architecture, labels)
     folders = world.first_does("tables", lambda: _tokenize(config, task, tokenizer, labels, corpus))
-    train_counts = world.first_does("sources", lambda: corpus.train_counts if corpus is not None else [])
+    counts = world.first_does(
+        "sources", lambda: {"train": corpus.train_counts, **corpus.judged_counts} if corpus is not None else {}
+    )
     tables = {}
     for name, folder in folders.items():
         table = open_table(Path(folder))
         if table is None:
             raise DataError(f"{folder}: the tokenized {name} split is not there; do all nodes see this folder?")
+        table.counts = counts.get(name, ())
         tables[name] = table
-    return Prepared(architecture, tokenizer, task, labels, tables, train_counts, corpus)
+    return Prepared(architecture, tokenizer, task, labels, tables, counts["train"], corpus)
 
 
 def name_labels(architecture: PreTrainedConfig, labels: Sequence[str]) -> None:
@@ -248,7 +260,7 @@ def make_skeleton(config: Config, prepared: Prepared, path: str, pretrained: boo
     )  # fmt: skip
     quicken_dropout(skeleton.model)
     if config.data.batching == "packed":
-        keep_apart(skeleton.model, path, _longest(config), flash=model.attention == "flash_attention_2")
+        keep_apart(skeleton.model, path, longest_row(config), flash=model.attention == "flash_attention_2")
     return skeleton
 
 
@@ -286,37 +298,6 @@ def _labels(corpus: Corpus | None) -> list[str]:
     if len(labels) < 2:
         raise DataError(f"every training example has the label {labels[0]!r}; there is nothing to tell apart")
     return labels
-
-
-def saved_labels(folder: Path) -> list[str]:
-    """The labels of a classifier's result; empty for other results."""
-    path = folder / "labels.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-
-
-def _longest(config: Config) -> int:
-    """Tokens that one row of the model may have for one example."""
-    source, target = config.task.max_source_tokens, getattr(config.task, "max_target_tokens", 0)
-    together = config.task.kind == "causal" and getattr(config.task, "text", None) is None and not is_chat(config.task)
-    return source + target if together else max(source, target)
-
-
-def _check_positions(config: Config, architecture: PreTrainedConfig) -> None:
-    """Models with a learned vector for each position have only so many; relative and rotary ones go on.
-
-    Raises ConfigError where the token limits go beyond.
-    """
-    known = architecture.to_dict()
-    positions = known.get("max_position_embeddings") or known.get("n_positions")
-    unbounded = known.get("relative_attention_num_buckets") or known.get("rope_parameters") or known.get("rope_theta")
-    if not isinstance(positions, int) or unbounded:
-        return
-    if "roberta" in architecture.model_type:  # its positions begin after the padding index
-        positions -= (architecture.pad_token_id or 0) + 1
-    if (longest := _longest(config)) > positions:
-        together = longest > max(config.task.max_source_tokens, getattr(config.task, "max_target_tokens", 0))
-        keys = "task.max_source_tokens and task.max_target_tokens together" if together else "task.max_source_tokens"
-        raise ConfigError(f"{keys}: {longest} tokens are more than the {positions} positions of {config.model.path}")
 
 
 def _tokenize(

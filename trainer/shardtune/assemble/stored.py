@@ -55,7 +55,9 @@ def describe_stored(ranks: list[Stored]) -> str:
     alike: dict[Stored, list[str]] = {}
     for index, rank in enumerate(ranks):
         alike.setdefault(rank, []).append(str(index))
-    rows = [
-        [" ".join(which), *(f"{getattr(rank, name) / 1e6:,.2f}" for name in names)] for rank, which in alike.items()
-    ]
+    rows = [[" ".join(which), *(_megabytes(getattr(rank, name)) for name in names)] for rank, which in alike.items()]
     return table(rows, ["rank", *(f"{name.replace('_', ' ')} MB" for name in names)])
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.{1 if size >= 1e8 else 4}f}"

@@ -9,12 +9,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from shardtune.assemble.parts import DTYPES, judged_at_once, make_task, metric_names
-from shardtune.assemble.run import evaluated_splits, name_labels, prepare, quiet_libraries, saved_labels
+from shardtune.assemble.parts import DTYPES, judged_at_once, make_task, metric_names, of_tasks, saved_labels
+from shardtune.assemble.run import evaluated_splits, name_labels, prepare, quiet_libraries
 from shardtune.assemble.tunings import quantization_of
 from shardtune.config import ClassificationConfig, Config
 from shardtune.data.corpus import Corpus
@@ -29,6 +30,7 @@ from shardtune.quantization import Quantization
 from shardtune.strategy.parameters import materialize
 from shardtune.strategy.replicated import Replicated
 from shardtune.text_table import table
+from shardtune.tuning.front import put_in_front
 from shardtune.world import join_world
 
 log = logging.getLogger("shardtune")
@@ -48,7 +50,9 @@ def load_result(config: Config, folder: Path, tokenizer: PreTrainedTokenizerBase
     from peft import PeftModel
 
     base, _ = _base_model(config, folder, tokenizer, dtype, quantization_of(config.tuning))
-    return PeftModel.from_pretrained(base, str(folder))
+    model = PeftModel.from_pretrained(base, str(folder))
+    put_in_front(model)
+    return model
 
 
 def _base_model(
@@ -99,7 +103,7 @@ def evaluate(config: Config, corpus: Corpus, folder: Path | None, split_name: st
         strategy = Replicated(world, DTYPES[config.model.dtype])
         strategy.adopt(load_result(config, folder, prepared.tokenizer, DTYPES[config.model.dtype]))
         evaluator = Evaluator(
-            prepared.task, strategy, world, metric_names(config), config.evaluation.max_new_tokens,
+            of_tasks(config, prepared.task), strategy, world, metric_names(config), config.evaluation.max_new_tokens,
             config.evaluation.beams, judged_at_once(config.batch), Path(config.runs) / config.name / "predictions",
         )  # fmt: skip
         scores, _ = evaluator.run("final", found[0], lambda examples: None)
@@ -132,7 +136,7 @@ def generate(config: Config, run: Path, sources: Sequence[str], as_json: bool) -
         model.to(device).eval()
         labels = saved_labels(folder)
         base = cast(PreTrainedModel, model)
-        task = make_task(config.task, config.model.path, tokenizer, base.config, labels)
+        task = of_tasks(config, make_task(config.task, config.model.path, tokenizer, base.config, labels))
         how = Generation(config.evaluation.max_new_tokens, config.evaluation.beams, in_step=False)
         target = labels[0] if isinstance(config.task, ClassificationConfig) else ""
         for start in range(0, len(sources), GENERATED_AT_ONCE):
@@ -143,7 +147,7 @@ def generate(config: Config, run: Path, sources: Sequence[str], as_json: bool) -
                     limit = config.task.max_source_tokens
                     log.warning(f"text {number} of {len(sources)} was cut to task.max_source_tokens ({limit}) tokens")
             with torch.no_grad():
-                written = task.predict(model, [cast(Tokens, row) for row in encoded], how)
+                written = task.predict(model, [Tokens(np.array(e.source), np.array(e.target)) for e in encoded], how)
             for source, prediction in zip(some, written, strict=True):
                 line = {"source": source, "prediction": prediction}
                 yield json.dumps(line, ensure_ascii=False) if as_json else prediction

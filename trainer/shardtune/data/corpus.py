@@ -17,7 +17,7 @@ from shardtune.data.tables import cache_folder
 from shardtune.errors import DataError, StorageError
 from shardtune.protocols import Text
 
-VERSION = 1
+VERSION = 2
 """Of what is remembered, and of how texts are read: a change of either needs another number."""
 JUDGED = ("validation", "test")
 
@@ -29,6 +29,8 @@ class Corpus:
         self.fingerprint: str = facts["fingerprint"]
         """As in Splits."""
         self.train_counts: list[int] = facts["train_counts"]
+        """As in Splits."""
+        self.judged_counts: dict[str, list[int]] = facts["judged_counts"]
         """As in Splits."""
         self.dropped: dict[str, int] = facts["dropped"]
         """As in Splits."""
@@ -69,6 +71,7 @@ def load_corpus(key: Callable[[], str | None], read: Callable[[], Splits], label
         "version": VERSION,
         "fingerprint": splits.fingerprint,
         "train_counts": splits.train_counts,
+        "judged_counts": splits.judged_counts,
         "dropped": splits.dropped,
         "labels": sorted({text.target for text in splits.train}) if labels else [],
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 from shardtune.data.fields import Dropped, Fields, texts
@@ -34,6 +34,8 @@ class Splits:
     """SHA-256, in hex, of all sources and targets in order with their splits."""
     train_counts: list[int]
     """How many examples of `train` are from each of its sources, which come one after the other."""
+    judged_counts: dict[str, list[int]] = field(default_factory=dict)
+    """The same of validation and test, where they are shares of these sources."""
 
 
 def read_splits(
@@ -56,7 +58,7 @@ def read_splits(
     """
     dropped: Dropped = Counter()
     parts: dict[str, list[Text]] = {name: [] for name in NAMES}
-    counts = []
+    counts, divisions = [], []
     sources = [train] if isinstance(train, str) else list(train)
     for source in sources:
         dropped_before = dropped.copy()
@@ -65,6 +67,7 @@ def read_splits(
         if not divided["train"]:
             raise DataError(_nothing_left(source, read, len(found), dropped - dropped_before))
         counts.append(len(divided["train"]))
+        divisions.append(divided)
         for name, examples in divided.items():
             parts[name] += examples
     if labels and validation is None and test is None:
@@ -77,7 +80,20 @@ def read_splits(
             repeated = len(parts[split]) - len(_without(parts[split], _contents(parts["train"])))
             if repeated:
                 dropped[f"{split} examples also in train"] += repeated
-    return Splits(**parts, dropped=dict(dropped), fingerprint=fingerprint_of(parts), train_counts=counts)
+    judged_counts = {}
+    if validation is None and test is None:
+        kept = {name: {id(example) for example in parts[name]} for name in NAMES[1:]}
+        judged_counts = {
+            name: [sum(id(example) in kept[name] for example in divided[name]) for divided in divisions]
+            for name in NAMES[1:]
+        }
+    return Splits(
+        **parts,
+        dropped=dict(dropped),
+        fingerprint=fingerprint_of(parts),
+        train_counts=counts,
+        judged_counts=judged_counts,
+    )
 
 
 def divide(examples: Iterable[Text], shares: Sequence[float]) -> dict[str, list[Text]]:

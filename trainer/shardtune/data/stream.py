@@ -228,7 +228,8 @@ def read_judged(
     if not parts["train"]:
         raise DataError(nothing_usable(train, dropped))
     parts["train"] = []
-    return Splits(**parts, dropped={}, fingerprint=fingerprint_of(parts), train_counts=[])
+    three = [parts[name] for name in ("train", "validation", "test")]
+    return Splits(*three, dropped={}, fingerprint=fingerprint_of(parts), train_counts=[])
 
 
 def nothing_usable(sources: Sequence[str], dropped: Dropped) -> str:

@@ -51,6 +51,9 @@ class TokenTable:
     """How many targets were longer than allowed."""
     lengths: NDArray[np.int64]
     """[n, 2]: source and target length of each example, in tokens."""
+    counts: Sequence[int] = ()
+    """How many examples are from each source of the training data, one after the other; empty: that is not known, and
+    all count as from the first."""
 
     def __init__(
         self,
@@ -76,7 +79,14 @@ class TokenTable:
             tokens[offsets[position] : offsets[position + 1]]
             for tokens, offsets in zip(self._tokens, self._offsets, strict=True)
         )
-        return Tokens(source, target)
+        return Tokens(source, target, self._origin(position))
+
+    def _origin(self, position: int) -> int:
+        for index, count in enumerate(self.counts):
+            if position < count:
+                return index
+            position -= count
+        return 0
 
 
 def open_table(folder: Path) -> TokenTable | None:

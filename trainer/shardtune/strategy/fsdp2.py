@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from shardtune.protocols import MakeOptimizer, Weights
+from shardtune.protocols import MakeOptimizer, Shard, Weights
 from shardtune.strategy.gradients import scale_in_place, set_learning_rate, sharded_norm
 from shardtune.strategy.parameters import fill, fill_buffers, replace_parameters, trained_parameters
 from shardtune.world import World
@@ -54,8 +54,7 @@ class Fsdp2:
             sharded = cast(DTensor, parameter.data)
             meta = sharded.to_local()
             local = torch.empty(meta.shape, dtype=meta.dtype, device=device)
-            rows_before = -(-sharded.shape[0] // self._world.size) * self._world.rank  # torch.chunk's split
-            fill(local, weights, name, rows_before * (sharded[0].numel() if sharded.dim() > 1 else 1))
+            fill(local, weights, name, self._start(sharded))
             whole = DTensor.from_local(
                 local, mesh, sharded.placements, run_check=False, shape=sharded.shape, stride=sharded.stride()
             )
@@ -108,6 +107,30 @@ class Fsdp2:
         for name, parameter in trained_parameters(self.model):
             whole = cast(DTensor, parameter.detach()).full_tensor()
             yield name, whole.cpu() if self._world.is_first else None
+
+    def shards(self) -> Iterator[Shard]:
+        """Rows of each parameter; a rank may have none of a small one."""
+        for name, parameter in trained_parameters(self.model):
+            sharded = cast(DTensor, parameter.detach())
+            local = sharded.to_local().view(-1).float()
+            gradient = cast(DTensor, parameter.grad).to_local().view(-1) if parameter.grad is not None else None
+            if local.numel():
+                yield Shard(name, self._start(sharded), local, gradient)
+
+    def overwrite(self, name: str, value: Tensor) -> None:
+        """Each rank sets its rows."""
+        sharded = cast(DTensor, self.model.get_parameter(name).detach())
+        local = sharded.to_local().view(-1)
+        local.copy_(value.flatten().narrow(0, min(self._start(sharded), value.numel()), local.numel()))
+
+    def _start(self, sharded: DTensor) -> int:
+        """Where this rank's rows begin in the flattened parameter."""
+        rows_before = -(-sharded.shape[0] // self._world.size) * self._world.rank  # torch.chunk's split
+        return rows_before * sharded.shape[1:].numel()
+
+    def drop(self) -> None:
+        """Nothing else holds it."""
+        del self.model
 
     def _gradients(self) -> list[Tensor]:
         return [cast(DTensor, p.grad).to_local() for _, p in trained_parameters(self.model) if p.grad is not None]

@@ -28,7 +28,7 @@ def replace_parameters(model: nn.Module, make: Callable[[str, nn.Parameter], nn.
         for name, parameter in list(model.named_parameters()):
             fresh = make(name, parameter)
             for module, key in places[parameter]:
-                module._parameters[key] = fresh
+                setattr(module, key, fresh)  # an LSTM keeps a list of its parameters, which this updates
 
 
 def fill(out: Tensor, weights: Weights, name: str, start: int = 0) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from shardtune.protocols import MakeOptimizer, Weights
+from shardtune.protocols import MakeOptimizer, Shard, Weights
 from shardtune.strategy.gradients import scale_in_place, set_learning_rate, squared_norm
 from shardtune.strategy.parameters import materialize, trained_parameters
 from shardtune.world import World
@@ -89,6 +89,22 @@ class Replicated:
         """Rank 0 has them all."""
         for name, parameter in trained_parameters(self._module):
             yield name, parameter.detach().cpu() if self._world.is_first else None
+
+    def shards(self) -> Iterator[Shard]:
+        """Every rank has all of it, and takes its share."""
+        rank, ranks = self._world.rank, self._world.size
+        for name, parameter in trained_parameters(self._module):
+            share = slice(parameter.numel() * rank // ranks, parameter.numel() * (rank + 1) // ranks)
+            gradient = parameter.grad.view(-1)[share] if parameter.grad is not None else None
+            yield Shard(name, share.start, parameter.detach().view(-1)[share].float(), gradient)
+
+    def overwrite(self, name: str, value: Tensor) -> None:
+        """Every rank sets all of it."""
+        self._module.get_parameter(name).data.copy_(value)
+
+    def drop(self) -> None:
+        """Nothing else holds it."""
+        del self._module, self.model
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for _, p in trained_parameters(self._module) if p.grad is not None]

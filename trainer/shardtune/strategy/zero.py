@@ -8,12 +8,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from shardtune.protocols import MakeOptimizer, Weights
+from shardtune.protocols import MakeOptimizer, Shard, Weights
 from shardtune.strategy.gradients import scale_in_place, set_learning_rate, sharded_norm
 from shardtune.strategy.parameters import (
     fill,
@@ -150,9 +150,8 @@ class Zero:
                 safe_set_full_fp32_param(parameter, value)
                 continue
             local = torch.zeros(partition.ds_numel, device=self._world.device)
-            start = min(partition.ds_numel * self._world.rank, parameter.ds_numel)  # pyright: ignore
-            stop = min(start + partition.ds_numel, parameter.ds_numel)  # pyright: ignore
-            fill(local[: stop - start], weights, name, start)
+            own = self._range(parameter)
+            fill(local[: len(own)], weights, name, own.start)
             safe_set_local_fp32_param(parameter, local)
 
     @contextmanager
@@ -191,6 +190,62 @@ class Zero:
             whole = safe_get_full_fp32_param(parameter)
             assert whole is not None
             yield name, whole.detach().cpu().view(_full_shape(parameter)) if self._world.is_first else None
+
+    def shards(self) -> Iterator[Shard]:
+        """Under stage 3 a range of each parameter; before, what lies in this rank's range of all of them."""
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad
+
+        accumulated = any(group for group in self._engine.optimizer.averaged_gradients.values())
+        for name, parameter in trained_parameters(self._module):
+            gradient = None
+            if self._stage == 3:
+                own = self._range(parameter)
+                if not len(own):
+                    continue
+                value = cast(Tensor, safe_get_local_fp32_param(parameter)).detach().view(-1)[: len(own)]
+                if accumulated:
+                    gradient = cast(Tensor, safe_get_local_grad(parameter)).view(-1)[: len(own)]
+                yield Shard(name, own.start, value, gradient)
+                continue
+            fragment = getattr(parameter, "_hp_mapping", None)
+            if fragment is not None:
+                if accumulated:
+                    index = parameter._index_in_param_group  # pyright: ignore[reportAttributeAccessIssue]
+                    gradient = fragment.get_lp_grad_fragment(index).view(-1)
+                yield Shard(name, fragment.lp_fragment_address.start, fragment.hp_fragment.detach().view(-1), gradient)
+
+    def overwrite(self, name: str, value: Tensor) -> None:
+        """Each rank sets its part of the master weight, and what it holds of the parameter."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        parameter = self._module.get_parameter(name)
+        value = value.flatten().to(self._world.device)
+        partition = getattr(parameter, "ds_tensor", None)
+        if partition is None:
+            safe_set_full_fp32_param(parameter, value)
+        else:
+            local = torch.zeros(partition.ds_numel, device=self._world.device)
+            own = self._range(parameter)
+            local[: len(own)] = value[own.start : own.stop]
+            safe_set_local_fp32_param(parameter, local)
+            partition.data.copy_(local)
+        if parameter.numel() == value.numel():  # a small one is whole on every rank under stage 3 too
+            parameter.data.view(-1).copy_(value)
+
+    def _range(self, parameter: nn.Parameter) -> range:
+        """This rank's part of a flattened parameter under stage 3."""
+        elements, part = int(parameter.ds_numel), int(parameter.ds_tensor.ds_numel)  # pyright: ignore
+        start = min(part * self._world.rank, elements)
+        return range(start, min(start + part, elements))
+
+    def drop(self) -> None:
+        """DeepSpeed holds on to a model that it has seen, so its parameters are emptied."""
+        for parameter in self._module.parameters():
+            for held in (parameter, getattr(parameter, "ds_tensor", None)):
+                if held is not None:
+                    held.data = held.data.new_empty(0)
+        del self._module, self.model
+        self._engine = None
 
     def _gradients(self) -> list[Tensor]:
         groups = self._engine.optimizer.averaged_gradients

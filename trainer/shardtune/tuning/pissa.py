@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shardtune.errors import ConfigError
-from shardtune.protocols import Weights
+from shardtune.protocols import Adapter, Weights
 from shardtune.tuning.initial_values import (
     AdaptedLayer,
     Factors,
@@ -24,9 +25,6 @@ from shardtune.tuning.initial_values import (
 )
 from shardtune.tuning.lora import Lora
 from shardtune.world import World
-
-if TYPE_CHECKING:  # takes seconds to import
-    from peft import PeftConfig
 
 OVERSAMPLING = 10
 """Directions that a randomized decomposition finds beside those asked for, which makes these more exact."""
@@ -81,15 +79,17 @@ class Pissa(Lora):
         self._began = given
         return InitialValues(weights, given, lowered)
 
-    def result(self, state: dict[str, Tensor], settings: PeftConfig) -> tuple[dict[str, Tensor], PeftConfig]:
+    def adapter(self, model: nn.Module, trained: dict[str, Tensor]) -> Adapter:
         """[A; A₀] and [B, -B₀], as PEFT's `path_initial_model_for_weight_conversion` gives."""
-        converted = dict(state)
+        plain = super().adapter(model, trained)
+        converted = dict(plain.tensors)
         for name, value in self._began.items():
             saved = name.replace(".default.", ".")
-            both = [state[saved].float(), value] if ".lora_A." in name else [state[saved].float(), -value]
+            both = [converted[saved].float(), value] if ".lora_A." in name else [converted[saved].float(), -value]
             converted[saved] = torch.cat(both, dim=0 if ".lora_A." in name else 1)
-        settings.r, settings.lora_alpha = 2 * self._rank, 2 * self._alpha  # pyright: ignore[reportAttributeAccessIssue]
-        return converted, settings
+        settings: Any = copy.copy(plain.settings)
+        settings.r, settings.lora_alpha = 2 * self._rank, 2 * self._alpha
+        return plain._replace(settings=settings, tensors=converted)
 
     def notes(self) -> list[str]:
         """What was matched, and what it begins as."""

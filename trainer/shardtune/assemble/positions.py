@@ -1,0 +1,44 @@
+"""How long rows become, and whether the model has positions for that."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedConfig
+
+from shardtune.assemble.parts import is_chat
+from shardtune.config import Config
+from shardtune.errors import ConfigError
+from shardtune.tuning_config import PrefixConfig, VirtualTokensSection
+
+
+def longest_row(config: Config) -> int:
+    """Tokens that one row of the model may have for one example, virtual ones included: those of a prefix stand in the
+    decoder of two stacks, others in its encoder."""
+    source, target = config.task.max_source_tokens, getattr(config.task, "max_target_tokens", 0)
+    if isinstance(config.tuning, PrefixConfig) and config.task.kind == "seq2seq":
+        target += config.tuning.virtual_tokens
+    elif isinstance(config.tuning, VirtualTokensSection):
+        source += config.tuning.virtual_tokens
+    together = config.task.kind == "causal" and getattr(config.task, "text", None) is None and not is_chat(config.task)
+    return source + target if together else max(source, target)
+
+
+def check_positions(config: Config, architecture: PreTrainedConfig) -> None:
+    """Models with a learned vector for each position have only so many; relative and rotary ones go on.
+
+    Raises ConfigError where the token limits go beyond.
+    """
+    known = architecture.to_dict()
+    positions = known.get("max_position_embeddings") or known.get("n_positions")
+    unbounded = known.get("relative_attention_num_buckets") or known.get("rope_parameters") or known.get("rope_theta")
+    if not isinstance(positions, int) or unbounded:
+        return
+    if "roberta" in architecture.model_type:  # its positions begin after the padding index
+        positions -= (architecture.pad_token_id or 0) + 1
+    if (longest := longest_row(config)) > positions:
+        together = longest > max(config.task.max_source_tokens, getattr(config.task, "max_target_tokens", 0))
+        virtual = getattr(config.tuning, "virtual_tokens", 0)
+        counted = f" with the {virtual} of tuning.virtual_tokens" if virtual else ""
+        keys = "task.max_source_tokens and task.max_target_tokens together" if together else "task.max_source_tokens"
+        raise ConfigError(
+            f"{keys}: {longest} tokens{counted} are more than the {positions} positions of {config.model.path}"
+        )
