@@ -289,6 +289,10 @@ class Strategy(Protocol):
         value, in float32."""
         ...
 
+    def drop(self) -> None:
+        """Lets go of the model, which is of no use afterwards."""
+        ...
+
 
 class Batching(Protocol):
     """How the examples of one optimizer step are laid out for the ranks."""
