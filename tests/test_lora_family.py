@@ -214,7 +214,8 @@ def test_the_result_of_pissa_lies_beside_the_original_base(tmp_path: Path, name:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    adapter = tuning.adapter(model, {n: p.detach().float() for n, p in model.named_parameters() if p.requires_grad})
+    trained = {n: p.detach().float() for n, p in model.named_parameters() if p.requires_grad}
+    adapter = tuning.result(model, trained, weights)
     (tmp_path / "adapter").mkdir()
     stored = {key: value.float().contiguous() for key, value in adapter.tensors.items()}
     save_file(stored, tmp_path / "adapter" / "adapter_model.safetensors")

@@ -34,8 +34,8 @@ def write_result(
 ) -> None:
     """Writes the result of tuning `model`, which has been prepared by `strategy`; all ranks call it.
 
-    An adapter is float32; a model has `stored_dtype`, that of the weights it began from, and what was not trained is taken from them unrounded.
-    Raises StorageError on the first rank; the folder is whole or absent.
+    An adapter is float32; a model has `stored_dtype`, that of the weights it began from, and what was not trained is
+    taken from them unrounded. Raises StorageError on the first rank; the folder is whole or absent.
     """
     trained = strategy.full_trained()
     if not is_first:
