@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # so that reading and checking data does not wait for torch
     import numpy as np
     import torch
     from numpy.typing import NDArray
+    from peft import PeftConfig
     from torch import Tensor, nn
 
     from shardtune.documents import Documents
@@ -159,6 +160,16 @@ class Tuning(Protocol):
 
     def notes(self) -> list[str]:
         """Lines to say at the start, after `apply`: what was matched."""
+        ...
+
+    def result(
+        self, model: nn.Module, trained: dict[str, Tensor], initial: Weights
+    ) -> tuple[dict[str, Tensor], PeftConfig]:
+        """What an adapter's folder holds: its tensors as PEFT names them, and its settings.
+
+        `trained` has the applied `model`'s trained parameters whole, on the CPU; `initial` what all began from. Called
+        on the first rank, where `makes_adapter`.
+        """
         ...
 
 

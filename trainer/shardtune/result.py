@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shardtune.errors import StorageError
-from shardtune.protocols import Strategy, Weights
+from shardtune.protocols import Strategy, Tuning, Weights
 
 if TYPE_CHECKING:  # peft takes seconds to import, and most runs train no adapter
-    from peft import PeftModel
+    from peft import PeftConfig
 
 SHARD_BYTES = 5_000_000_000
 """Largest file of a model, and about what the first rank holds of it at once."""
@@ -32,7 +32,7 @@ def write_result(
     tokenizer: PreTrainedTokenizerBase,
     labels: Sequence[str],
     stored_dtype: torch.dtype,
-    is_adapter: bool,
+    tuning: Tuning,
     is_first: bool,
 ) -> None:
     """Writes the result of tuning `model`, which has been prepared by `strategy`; all ranks call it.
@@ -50,8 +50,8 @@ def write_result(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         present = ((name, cast(Tensor, tensor)) for name, tensor in trained)
-        if is_adapter:
-            _write_adapter(partial, cast("PeftModel", model), present)
+        if tuning.makes_adapter:
+            _write_adapter(partial, *tuning.result(model, dict(present), weights))
         else:
             base = cast(PreTrainedModel, model)
             _write_model(partial, base, _all_tensors(base, present, weights), stored_dtype)
@@ -116,12 +116,8 @@ def _write_model(
         model.generation_config.save_pretrained(str(folder))
 
 
-def _write_adapter(folder: Path, model: PeftModel, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    from peft.utils import get_peft_model_state_dict
-
-    state = get_peft_model_state_dict(model, state_dict=dict(tensors), save_embedding_layers=False)
+def _write_adapter(folder: Path, state: dict[str, Tensor], settings: PeftConfig) -> None:
     save_file({name: t.contiguous() for name, t in state.items()}, str(folder / "adapter_model.safetensors"))
-    settings = model.peft_config["default"]
     settings.inference_mode = True
     settings.save_pretrained(str(folder))
     settings.inference_mode = False

@@ -171,7 +171,7 @@ def train_run(config: Config, world: World, corpus: Corpus | None, command_line:
         reporter.evaluate()
         write_result(
             folder / "final", model, strategy, weights, prepared.tokenizer, prepared.labels, skeleton.stored_dtype,
-            tuning.makes_adapter, world.is_first,
+            tuning, world.is_first,
         )  # fmt: skip
     except DataError as error:  # of a stream, which every rank reads, each perhaps from a file of its own
         if not world.first_to_say("stream"):
