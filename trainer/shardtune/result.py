@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from shardtune import bottleneck
 from shardtune.errors import StorageError
 from shardtune.protocols import Strategy, Tuning, Weights
 
@@ -112,6 +113,8 @@ def _write_model(
     model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
     model.config.dtype = dtype
     model.config.save_pretrained(str(folder))
+    if hasattr(model.config, bottleneck.SETTINGS):
+        shutil.copy(bottleneck.__file__, folder)
     if model.can_generate() and model.generation_config is not None:
         model.generation_config.save_pretrained(str(folder))
 

@@ -20,7 +20,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from shardtune import optim, run_folder
+from shardtune import bottleneck, optim, run_folder
 from shardtune.assemble.isolation import check_isolation
 from shardtune.assemble.parts import (
     DTYPES,
@@ -89,6 +89,11 @@ def train_run(config: Config, world: World, corpus: Corpus | None, command_line:
         prepared.task.stop_at_turns_end(skeleton.model)
     tuning = make_tuning(config.tuning, config.task.kind)
     dtype = DTYPES[config.model.dtype]
+    if hasattr(prepared.architecture, bottleneck.SETTINGS) and (tuning.makes_adapter or tuning.quantization):
+        raise ConfigError(
+            f"tuning.method: {config.model.path} has bottleneck adapters, beside which PEFT's do not work; tune it by "
+            "adapter, bitfit, freeze or full"
+        )
     if tuning.quantization is not None:
         quantize_layers(
             skeleton.model, config.task.kind, skeleton.recorder, tuning.quantization, dtype, config.model.path

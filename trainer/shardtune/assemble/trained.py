@@ -22,7 +22,7 @@ from shardtune.errors import ConfigError
 from shardtune.evaluation import Evaluator
 from shardtune.model.quantized import quantize_layers
 from shardtune.model.quantized_weights import QuantizedWeights
-from shardtune.model.skeleton import AUTO_CLASSES, build_skeleton, load_architecture
+from shardtune.model.skeleton import build_skeleton, load_architecture, load_model
 from shardtune.model.tokenizer import fit_config, load_tokenizer
 from shardtune.protocols import Generation, Text, Tokens, Weights
 from shardtune.quantization import Quantization
@@ -44,7 +44,7 @@ def load_result(config: Config, folder: Path, tokenizer: PreTrainedTokenizerBase
     if not (folder / "adapter_config.json").exists():
         if not (folder / "config.json").exists():
             raise ConfigError(f"{folder}: holds neither a model nor an adapter")
-        return AUTO_CLASSES[config.task.kind].from_pretrained(str(folder), dtype=dtype)
+        return load_model(str(folder), config.task.kind, dtype)
     from peft import PeftModel
 
     base, _ = _base_model(config, folder, tokenizer, dtype, quantization_of(config.tuning))

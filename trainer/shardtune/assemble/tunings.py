@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from shardtune.protocols import Tuning
 from shardtune.quantization import Quantization
+from shardtune.tuning.bitfit import Bitfit
+from shardtune.tuning.bottleneck import BottleneckAdapters
 from shardtune.tuning.freeze import Freeze
 from shardtune.tuning.full import Full
 from shardtune.tuning.lora import Lora
 from shardtune.tuning_config import (
+    BitfitConfig,
+    BottleneckConfig,
     FourBitSection,
     FreezeConfig,
     FullConfig,
@@ -36,5 +40,9 @@ def make_tuning(config: TuningConfig, task: str) -> Tuning:
             return Lora(task, config.rank, config.alpha, config.dropout, config.targets)
         case QloraConfig():
             return Lora(task, config.rank, config.alpha, config.dropout, config.targets, quantization_of(config))
+        case BitfitConfig():
+            return Bitfit(task)
+        case BottleneckConfig():
+            return BottleneckAdapters(task, config.placement, config.size, config.activation, config.dropout)
         case _:
             raise NotImplementedError(config.method)
