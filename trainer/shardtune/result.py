@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shardtune import bottleneck
-from shardtune.errors import StorageError
+from shardtune.errors import NumbersError, StorageError
 from shardtune.protocols import Strategy, Tuning, Weights
+from shardtune.result_checks import check_changes, check_finite, whole
 
 if TYPE_CHECKING:  # peft takes seconds to import, and most runs train no adapter
     from peft import PeftConfig
@@ -34,25 +35,31 @@ def write_result(
     labels: Sequence[str],
     stored_dtype: torch.dtype,
     tuning: Tuning,
+    shapes: Mapping[str, torch.Size],
+    updated: bool,
     is_first: bool,
-) -> None:
+) -> list[str]:
     """Writes the result of tuning `model`, which has been prepared by `strategy`; all ranks call it.
 
     An adapter is float32; a model has `stored_dtype`, that of the weights it began from, and what was not trained is
-    taken from them unrounded. Raises StorageError on the first rank; the folder is whole or absent.
+    taken from them unrounded. `shapes` are those of the trained parameters on the meta device; `updated`: there were
+    steps with a learning rate above 0. Returns lines to say. Raises on the first rank StorageError, or NumbersError
+    where `result_checks` find the trained tensors not whole; the folder is whole or absent.
     """
     trained = strategy.full_trained()
     if not is_first:
         for _ in trained:
             pass
-        return
-    partial = folder.with_name(folder.name + ".partial")
+        return []
+    partial, notes = folder.with_name(folder.name + ".partial"), list[str]()
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        present = ((name, cast(Tensor, tensor)) for name, tensor in trained)
+        present = whole(((name, cast(Tensor, tensor)) for name, tensor in trained), shapes)
         if tuning.makes_adapter:
-            _write_adapter(partial, *tuning.result(model, dict(present), weights))
+            tensors = dict(present)
+            notes = check_changes(tensors, weights, updated)
+            _write_adapter(partial, *tuning.result(model, tensors, weights))
         else:
             base = cast(PreTrainedModel, model)
             _write_model(partial, base, _all_tensors(base, present, weights), stored_dtype)
@@ -63,6 +70,10 @@ def write_result(
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise StorageError(f"{folder}: the result cannot be written: {reason}") from error
+    except NumbersError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return notes
 
 
 def _all_tensors(
@@ -120,6 +131,8 @@ def _write_model(
 
 
 def _write_adapter(folder: Path, state: dict[str, Tensor], settings: PeftConfig) -> None:
+    for name, tensor in state.items():
+        check_finite(name, tensor)
     save_file({name: t.contiguous() for name, t in state.items()}, str(folder / "adapter_model.safetensors"))
     settings.inference_mode = True
     settings.save_pretrained(str(folder))

@@ -102,6 +102,7 @@ def train_run(config: Config, world: World, corpus: Corpus | None, command_line:
         model = tuning.apply(skeleton.model)
     if config.model.recompute == "full":
         skeleton.model.gradient_checkpointing_enable({"use_reentrant": False})
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
     initial = skeleton.weights(model, config.seed, dtype, tuning.trained_dtype)
     if tuning.makes_adapter and initial.grown:
         raise ConfigError(
@@ -158,26 +159,28 @@ def train_run(config: Config, world: World, corpus: Corpus | None, command_line:
     reporter.progress.say(facts)
     if tuning.quantization is not None:
         reporter.progress.say(describe_stored([Stored(*rank) for rank in held]))
+    learning_rate = functools.partial(
+        optim.learning_rate, total_steps=total_steps, peak=config.optimizer.lr,
+        schedule=config.optimizer.schedule, warmup=config.optimizer.warmup,
+    )  # fmt: skip
     begun = time.monotonic()
     try:
         if config.evaluation.baseline and total_steps > 0:
             reporter.evaluate()
         train(
-            state, total_steps, steps, prepared.task, strategy, world,
-            functools.partial(
-                optim.learning_rate, total_steps=total_steps, peak=config.optimizer.lr,
-                schedule=config.optimizer.schedule, warmup=config.optimizer.warmup,
-            ),
+            state, total_steps, steps, prepared.task, strategy, world, learning_rate,
             functools.partial(optim.clip_scale, max_grad_norm=config.optimizer.max_grad_norm),
             reporter.after_step,
         )  # fmt: skip
         if stream is not None and stream.noted:
             reporter.progress.say(f"in the stream, as far as it was read: {_counted(stream.noted)}")
         reporter.evaluate()
-        write_result(
+        updated = any(learning_rate(step) > 0 for step in range(total_steps))
+        for note in write_result(
             folder / "final", model, strategy, weights, prepared.tokenizer, prepared.labels, skeleton.stored_dtype,
-            tuning, world.is_first,
-        )  # fmt: skip
+            tuning, shapes, updated, world.is_first,
+        ):  # fmt: skip
+            reporter.progress.say(f"warning: {note}")
     except DataError as error:  # of a stream, which every rank reads, each perhaps from a file of its own
         if not world.first_to_say("stream"):
             raise FailedElsewhere(error.exit_code) from None
