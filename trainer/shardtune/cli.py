@@ -97,6 +97,10 @@ def _parser() -> Parser:
     export.add_argument("--run", type=Path, required=True, metavar="DIR", dest="folder", help="the run's folder")
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that does not exist yet")
     export.add_argument("--merge", action="store_true", help="merge an adapter into its base model")
+    export.add_argument(
+        "--base", choices=["original", "dequantized"],
+        help="with --merge: into the base's own weights (default), or into what the quantized ones stand for",
+    )  # fmt: skip
     export.set_defaults(run=_export, command=export)
 
     verify = commands.add_parser("verify-layout", help="prove that ranks, micro-batches and batching change nothing")
@@ -277,10 +281,12 @@ def _generate(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     if options.out.exists():
         raise ConfigError(f"command line --out: {options.out} is there already; name a new folder")
+    if options.base is not None and not options.merge:
+        raise ConfigError("command line --base: only with --merge")
     config = _config_of_run(options.folder)
-    from shardtune.assemble.trained import export
+    from shardtune.assemble.export import export
 
-    print(export(config, options.folder, options.out, options.merge))
+    print(export(config, options.folder, options.out, options.merge, options.base or "original"))
     return 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -14,8 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from shardtune.errors import StorageError
+from shardtune import bottleneck
+from shardtune.errors import NumbersError, StorageError
 from shardtune.protocols import BESIDE, Adapter, Strategy, Tuning, Weights
+from shardtune.result_checks import check_changes, check_finite, whole
 
 SHARD_BYTES = 5_000_000_000
 """Largest file of a model, and about what the first rank holds of it at once."""
@@ -30,25 +32,31 @@ def write_result(
     labels: Sequence[str],
     stored_dtype: torch.dtype,
     tuning: Tuning,
+    shapes: Mapping[str, torch.Size],
+    updated: bool,
     is_first: bool,
-) -> None:
+) -> list[str]:
     """Writes the result of tuning `model`, which has been prepared by `strategy`; all ranks call it.
 
     An adapter is float32; a model has `stored_dtype`, that of the weights it began from, and what was not trained is
-    taken from them unrounded. Raises StorageError on the first rank; the folder is whole or absent.
+    taken from them unrounded. `shapes` are those of the trained parameters on the meta device; `updated`: there were
+    steps with a learning rate above 0. Returns lines to say. Raises on the first rank StorageError, or NumbersError
+    where `result_checks` find the trained tensors not whole; the folder is whole or absent.
     """
     trained = strategy.full_trained()
     if not is_first:
         for _ in trained:
             pass
-        return
-    partial = folder.with_name(folder.name + ".partial")
+        return []
+    partial, notes = folder.with_name(folder.name + ".partial"), list[str]()
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        present = ((name, cast(Tensor, tensor)) for name, tensor in trained)
+        present = whole(((name, cast(Tensor, tensor)) for name, tensor in trained), shapes)
         if tuning.makes_adapter:
-            _write_adapter(partial, tuning.result(model, dict(present), weights))
+            tensors = dict(present)
+            notes = check_changes(tensors, weights, updated)
+            _write_adapter(partial, tuning.result(model, tensors, weights))
         else:
             base = cast(PreTrainedModel, model)
             _write_model(partial, base, _all_tensors(base, present, weights), stored_dtype)
@@ -59,6 +67,10 @@ def write_result(
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise StorageError(f"{folder}: the result cannot be written: {reason}") from error
+    except NumbersError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return notes
 
 
 def _all_tensors(
@@ -109,11 +121,15 @@ def _write_model(
     model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
     model.config.dtype = dtype
     model.config.save_pretrained(str(folder))
+    if hasattr(model.config, bottleneck.SETTINGS):
+        shutil.copy(bottleneck.__file__, folder)
     if model.can_generate() and model.generation_config is not None:
         model.generation_config.save_pretrained(str(folder))
 
 
 def _write_adapter(folder: Path, adapter: Adapter) -> None:
+    for name, tensor in adapter.tensors.items():
+        check_finite(name, tensor)
     save_file({name: t.contiguous() for name, t in adapter.tensors.items()}, str(folder / "adapter_model.safetensors"))
     if adapter.beside:
         save_file({name: t.contiguous() for name, t in adapter.beside.items()}, str(folder / BESIDE))

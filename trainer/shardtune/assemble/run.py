@@ -19,7 +19,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from shardtune import run_folder
+from shardtune import bottleneck, run_folder
 from shardtune.assemble.begin_with import begin_with
 from shardtune.assemble.earlier import folder_of, take_over
 from shardtune.assemble.eva import observe_inputs
@@ -104,6 +104,11 @@ def train_run(config: Config, world: World, corpus: Corpus | None, command_line:
         prepared.task.stop_at_turns_end(skeleton.model)
     prepared.task = of_tasks(config, prepared.task)
     dtype = DTYPES[config.model.dtype]
+    if hasattr(prepared.architecture, bottleneck.SETTINGS) and (tuning.makes_adapter or tuning.quantization):
+        raise ConfigError(
+            f"tuning.method: {config.model.path} has bottleneck adapters, beside which PEFT's do not work; tune it by "
+            "adapter, bitfit, freeze or full"
+        )
     if tuning.quantization is not None:
         quantize_layers(
             skeleton.model, config.task.kind, skeleton.recorder, tuning.quantization, dtype, config.model.path
@@ -112,6 +117,7 @@ def train_run(config: Config, world: World, corpus: Corpus | None, command_line:
         model = tuning.apply(skeleton.model)
     if config.model.recompute == "full":
         skeleton.model.gradient_checkpointing_enable({"use_reentrant": False})
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
     initial = skeleton.weights(model, config.seed, dtype, tuning.trained_dtype)
     if tuning.makes_adapter and initial.grown:
         raise ConfigError(
@@ -163,26 +169,28 @@ def train_run(config: Config, world: World, corpus: Corpus | None, command_line:
     reporter.progress.say(facts)
     if tuning.quantization is not None:
         reporter.progress.say(describe_stored([Stored(*rank) for rank in held]))
+    rate_of = functools.partial(
+        learning_rate, total_steps=total_steps, peak=config.optimizer.lr,
+        schedule=config.optimizer.schedule, warmup=config.optimizer.warmup,
+    )  # fmt: skip
     begun = time.monotonic()
     try:
         if config.evaluation.baseline and total_steps > 0:
             reporter.evaluate()
         train(
-            state, total_steps, steps, *tuning.in_training(prepared.task, strategy, total_steps, world), world,
-            functools.partial(
-                learning_rate, total_steps=total_steps, peak=config.optimizer.lr,
-                schedule=config.optimizer.schedule, warmup=config.optimizer.warmup,
-            ),
+            state, total_steps, steps, *tuning.in_training(prepared.task, strategy, total_steps, world), world, rate_of,
             functools.partial(clip_scale, max_grad_norm=config.optimizer.max_grad_norm),
             reporter.after_step,
         )  # fmt: skip
         if stream is not None and stream.noted:
             reporter.progress.say(f"in the stream, as far as it was read: {_counted(stream.noted)}")
         reporter.evaluate()
-        write_result(
+        updated = any(rate_of(step) > 0 for step in range(total_steps))
+        for note in write_result(
             folder / "final", model, strategy, weights, prepared.tokenizer, prepared.labels, skeleton.stored_dtype,
-            tuning, world.is_first,
-        )  # fmt: skip
+            tuning, shapes, updated, world.is_first,
+        ):  # fmt: skip
+            reporter.progress.say(f"warning: {note}")
     except DataError as error:  # of a stream, which every rank reads, each perhaps from a file of its own
         if not world.first_to_say("stream"):
             raise FailedElsewhere(error.exit_code) from None

@@ -1,88 +1,34 @@
-"""What can be done with a result: judge it, try it, take it away. One process, one device."""
+"""What can be done with a result: judge it, try it. One process, one device."""
 
 from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
+from shardtune.assemble.loading import load_result
 from shardtune.assemble.parts import DTYPES, judged_at_once, make_task, metric_names, of_tasks, saved_labels
-from shardtune.assemble.run import evaluated_splits, name_labels, prepare, quiet_libraries
-from shardtune.assemble.tunings import quantization_of
+from shardtune.assemble.run import evaluated_splits, prepare, quiet_libraries
 from shardtune.config import ClassificationConfig, Config
 from shardtune.data.corpus import Corpus
 from shardtune.errors import ConfigError
 from shardtune.evaluation import Evaluator
-from shardtune.model.quantized import quantize_layers
-from shardtune.model.quantized_weights import QuantizedWeights
-from shardtune.model.skeleton import AUTO_CLASSES, build_skeleton, load_architecture
-from shardtune.model.tokenizer import fit_config, load_tokenizer
-from shardtune.protocols import Generation, Text, Tokens, Weights
-from shardtune.quantization import Quantization
-from shardtune.strategy.parameters import materialize
+from shardtune.model.skeleton import load_architecture
+from shardtune.model.tokenizer import load_tokenizer
+from shardtune.protocols import Generation, Text, Tokens
 from shardtune.strategy.replicated import Replicated
 from shardtune.text_table import table
-from shardtune.tuning.front import put_in_front
 from shardtune.world import join_world
 
 log = logging.getLogger("shardtune")
 
 GENERATED_AT_ONCE = 8
-
-
-def load_result(config: Config, folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> nn.Module:
-    """The model in a result's folder; an adapter comes on its base model.
-
-    Raises ConfigError where the folder holds neither.
-    """
-    if not (folder / "adapter_config.json").exists():
-        if not (folder / "config.json").exists():
-            raise ConfigError(f"{folder}: holds neither a model nor an adapter")
-        return AUTO_CLASSES[config.task.kind].from_pretrained(str(folder), dtype=dtype)
-    from peft import PeftModel
-
-    base, _ = _base_model(config, folder, tokenizer, dtype, quantization_of(config.tuning))
-    model = PeftModel.from_pretrained(base, str(folder))
-    put_in_front(model)
-    return model
-
-
-def _base_model(
-    config: Config,
-    folder: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    dtype: torch.dtype,
-    quantization: Quantization | None = None,
-) -> tuple[PreTrainedModel, torch.dtype]:
-    """The model that an adapter was trained beside, and the dtype of its files; random weights are drawn again."""
-    settings = config.model
-    architecture = load_architecture(settings.path, config.task.kind, settings.trust_remote_code)
-    newly_trained = (settings.tokenizer or "").startswith("train:")
-    fit_config(architecture, tokenizer, newly_trained)
-    labels = saved_labels(folder)
-    if labels:
-        name_labels(architecture, labels)
-    skeleton = build_skeleton(
-        architecture, settings.path, config.task.kind, settings.weights == "pretrained", settings.attention,
-        settings.layers, settings.trust_remote_code,
-    )  # fmt: skip
-    model, device = skeleton.model.requires_grad_(False), torch.device("cpu")
-    if quantization is not None:
-        quantize_layers(model, config.task.kind, skeleton.recorder, quantization, dtype, settings.path)
-    weights: Weights = skeleton.weights(model, config.seed, dtype)
-    if quantization is not None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        weights = QuantizedWeights(model, weights, device, lambda scales: scales)
-    materialize(model, weights, device)
-    return model, skeleton.stored_dtype
 
 
 def evaluate(config: Config, corpus: Corpus, folder: Path | None, split_name: str) -> str:
@@ -151,31 +97,3 @@ def generate(config: Config, run: Path, sources: Sequence[str], as_json: bool) -
             for source, prediction in zip(some, written, strict=True):
                 line = {"source": source, "prediction": prediction}
                 yield json.dumps(line, ensure_ascii=False) if as_json else prediction
-
-
-def export(config: Config, run: Path, out: Path, merge: bool) -> str:
-    """Copies the result to `out`, an adapter merged into its base model if `merge`. Returns what was done."""
-    folder = run / "final"
-    is_adapter = (folder / "adapter_config.json").exists()
-    if merge and not is_adapter:
-        raise ConfigError("command line --merge: the result is a whole model, so there is no adapter to merge")
-    if not merge:
-        shutil.copytree(folder, out)
-        kind = "adapter" if is_adapter else "model"
-        return f"{out}: the {kind}, as {'peft' if is_adapter else 'transformers'} loads it"
-    from peft import PeftConfig, PeftModel
-
-    if PeftConfig.from_pretrained(str(folder)).is_prompt_learning:
-        raise ConfigError(
-            f"command line --merge: virtual tokens (tuning.method: {config.tuning.method}) stand before the text, not "
-            "in the weights, so they cannot be merged; leave --merge out"
-        )
-    with quiet_libraries():
-        tokenizer = load_tokenizer(str(folder), config.task.truncation_side, config.model.trust_remote_code)
-        # Merged in float32, so that the update is rounded once, and then stored as the base was.
-        base, stored = _base_model(config, folder, tokenizer, torch.float32)
-        whole: Any = PeftModel.from_pretrained(base, str(folder))
-        merged: Any = whole.merge_and_unload().to(stored)
-        merged.save_pretrained(str(out))
-        tokenizer.save_pretrained(str(out))
-    return f"{out}: the adapter merged into {config.model.path}, as transformers loads it"

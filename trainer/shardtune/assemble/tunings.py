@@ -11,6 +11,8 @@ from shardtune.assemble.parts import DTYPES
 from shardtune.protocols import Tuning
 from shardtune.quantization import Quantization
 from shardtune.tuning.adalora import Adalora
+from shardtune.tuning.bitfit import Bitfit
+from shardtune.tuning.bottleneck import BottleneckAdapters
 from shardtune.tuning.dora import Dora
 from shardtune.tuning.eva import Eva
 from shardtune.tuning.freeze import Freeze
@@ -28,6 +30,8 @@ from shardtune.tuning.virtual_tokens import MultitaskPrompt, Prefix, Prompt, PTu
 from shardtune.tuning_config import (
     AdaloraConfig,
     AdapterSection,
+    BitfitConfig,
+    BottleneckConfig,
     DoraConfig,
     EvaConfig,
     FourBitSection,
@@ -108,6 +112,10 @@ def _method(
                 task, config.rank, config.initial_rank, config.alpha, config.dropout, config.targets, config.begin,
                 config.end, config.interval, (config.beta1, config.beta2), config.orthogonality,
             )  # fmt: skip
+        case BitfitConfig():
+            return Bitfit(task)
+        case BottleneckConfig():
+            return BottleneckAdapters(task, config.placement, config.size, config.activation, config.dropout)
         case _:
             raise NotImplementedError(config.method)
 

@@ -205,3 +205,15 @@ def quantize_layers(
     if not count:
         raise ConfigError(f"tuning.method: {path} has no linear layers to quantize; use tuning.method: lora")
     return count
+
+
+def dequantize_layers(model: nn.Module) -> None:
+    """Puts linear layers in float32 in the place of the quantized ones: with the same weights, one after the other."""
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, QuantizedLinear):
+            continue
+        weight = module.dequantize().float()
+        fresh = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+        fresh.weight, fresh.bias = nn.Parameter(weight, requires_grad=False), module.bias
+        outer, _, key = name.rpartition(".")
+        setattr(model.get_submodule(outer), key, fresh)

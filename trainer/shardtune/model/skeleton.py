@@ -21,12 +21,14 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.initialization import no_init_weights
+from transformers.models.auto.auto_factory import _get_model_class
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
+from shardtune import bottleneck
 from shardtune.errors import ConfigError
 from shardtune.memory import pages_of_their_own
 from shardtune.model.initialization import Recorder
@@ -177,6 +179,11 @@ def build_skeleton(
     Raises ConfigError where the attention is not available or the files do not fit the model.
     """
     arguments: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
+    adapters: dict[str, Any] | None = getattr(config, bottleneck.SETTINGS, None)
+    if adapters is not None:
+        trust_remote_code = False  # its code is that of transformers and of this package
+        if layers is not None:
+            raise ConfigError(f"model.layers: {path} has adapters in all its layers; leave the key out")
     if layers is not None:
         keep_layers(config, layers)
     try:
@@ -193,6 +200,8 @@ def build_skeleton(
     try:
         with recorder:
             model.initialize_weights()
+            if adapters is not None:
+                bottleneck.attach(model, adapters)
     except NotImplementedError as error:
         raise ConfigError(f"model {path}: {error}") from None
     model.tie_weights()
@@ -216,6 +225,16 @@ def build_skeleton(
             f"model.path {path}: its files lack {len(lacking)} of the model's parameters, such as {lacking[0]}"
         )
     return Skeleton(model, recorder, entries, missing)
+
+
+def load_model(folder: str, task: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a folder as transformers loads it, with the adapters that it may have."""
+    kind = AUTO_CLASSES[task]
+    config = AutoConfig.from_pretrained(folder)
+    if not hasattr(config, bottleneck.SETTINGS):
+        return kind.from_pretrained(folder, dtype=dtype)
+    chosen: Any = _get_model_class(config, kind._model_mapping)
+    return bottleneck.adapted(chosen).from_pretrained(folder, dtype=dtype)
 
 
 def _untie(model: PreTrainedModel) -> dict[str, nn.Parameter]:
