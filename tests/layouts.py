@@ -33,6 +33,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "t5": {**T5_CONFIG, "tie_word_embeddings": True},
     "t5-untied": {**T5_CONFIG, "tie_word_embeddings": False},
     "t5-loud": {**T5_CONFIG, "tie_word_embeddings": False, "initializer_factor": 3.0},  # writes a text for each source
+    # Matrices large enough for 8-bit states of bitsandbytes, and layers that divide into blocks of 256 only by luck.
+    "llama-wide": {**tiny.ARCHITECTURES["llama"], "hidden_size": 72, "intermediate_size": 120},
     "llama-tied": {**tiny.ARCHITECTURES["llama"], "tie_word_embeddings": True},
 }
 LONGEST = 1000
@@ -147,7 +149,7 @@ SINGLE = {run.group: run for run in reversed(RUNS) if run.strategy == "single"}
 class Done:
     """The runs' folders, and what a plain loop makes of the same examples."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    def __init__(self, folder: Path, seed: int, runs: Sequence[Run] | None = None) -> None:
         self.folder = folder
         self.seed = seed
         self.logs: dict[int, str] = {}
@@ -155,7 +157,7 @@ class Done:
         for count in {*EXAMPLES.values()}:
             tiny.write_rows(folder / f"{count}.jsonl", tiny.rows(count, seed + count))
         tiny.write_rows(folder / "validation.jsonl", tiny.rows(9, seed + 1))
-        for name in dict.fromkeys(run.model for run in RUNS):
+        for name in dict.fromkeys(run.model for run in (runs or RUNS)):
             dtype = torch.bfloat16 if name.endswith("-bf16") else torch.float32
             plain.make_model(self.model(name), ARCHITECTURES[name.removesuffix("-bf16")], seed, dtype)
 

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shardtune.optim import adamw, clip_scale, learning_rate, parameter_groups, warmup_steps
+from shardtune.optim.adamw import AdamW
+from shardtune.optim.recipe import parameter_groups
+from shardtune.optim.schedule import clip_scale, learning_rate, warmup_steps
 from shardtune.strategy import gradients
 from shardtune.strategy.gradients import squared_norm
 
@@ -118,10 +120,10 @@ def test_zero3_parameters_are_grouped_by_their_own_shape() -> None:
 def test_adamw_decays_only_what_it_should() -> None:
     model = Tower()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    optimizer = adamw(model.named_parameters(), 0.5, (0.8, 0.9), 1e-6, 0.1)
+    optimizer = AdamW(0.5, 0.1, betas=(0.8, 0.9), eps=1e-6)(model.named_parameters())
     assert optimizer.defaults["betas"] == (0.8, 0.9)
     assert optimizer.defaults["eps"] == 1e-6
-    assert not optimizer.defaults["fused"]
+    assert optimizer.defaults["fused"]
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -137,8 +139,8 @@ def test_adamw_on_a_gpu_is_fused_and_steps_as_on_the_cpu() -> None:
     for device in ("cpu", "cuda"):
         torch.manual_seed(0)
         model = Tower().to(device)
-        optimizer = adamw(model.named_parameters(), 0.01, (0.9, 0.999), 1e-8, 0.1)
-        assert bool(optimizer.defaults["fused"]) == (device == "cuda")
+        optimizer = AdamW(0.01, 0.1)(model.named_parameters())
+        assert optimizer.defaults["fused"]
         for _ in range(3):
             output = model.linear(model.norm(model.embed(torch.arange(7, device=device))))
             (output @ model.square_bias).square().sum().backward()

@@ -1,4 +1,4 @@
-"""What other tools call our keys, for suggestions."""
+"""What other tools call our keys and their values, for suggestions."""
 
 ALIASES = {
     "learning_rate": "optimizer.lr",
@@ -12,6 +12,15 @@ ALIASES = {
     "warmup_steps": "optimizer.warmup",
     "gradient_clipping": "optimizer.max_grad_norm",
     "optim": "optimizer.name",
+    "optimizer_name": "optimizer.name",
+    "offload_optimizer": "strategy.offload",
+    "offload_param": "strategy.offload",
+    "offload_params": "strategy.offload",
+    "cpu_offload": "strategy.offload",
+    "fsdp_offload_params": "strategy.offload",
+    "nvme_path": "strategy.nvme",
+    "use_gradient_checkpointing": "model.recompute",
+    "activation_checkpointing": "model.recompute",
     "per_device_train_batch_size": "batch.micro_examples",
     "micro_batch_size": "batch.micro_examples",
     "train_batch_size": "batch.examples",
@@ -86,4 +95,27 @@ ALIASES = {
     "resume_from_checkpoint": "checkpoint.resume",
     "logging_steps": "tracking.every",
     "report_to": "tracking.tensorboard",
+}
+
+VALUES = {
+    "optimizer.name": {
+        "adamw_torch": "adamw",
+        "adamw_torch_fused": "adamw",
+        "adamw_hf": "adamw",
+        "adamw_apex_fused": "adamw",
+        "adam": "adamw",
+        "adamw_bnb_8bit": "adamw_8bit",
+        "adamw8bit": "adamw_8bit",
+        "adam8bit": "adamw_8bit",
+        "paged_adamw_32bit": "paged_adamw",
+        "pagedadamw": "paged_adamw",
+        "pagedadamw8bit": "paged_adamw_8bit",
+        "lion_32bit": "lion",
+        "paged_lion_32bit": "lion",
+        "paged_lion_8bit": "lion_8bit",
+        "lion8bit": "lion_8bit",
+        "schedule_free_adamw": "schedule_free",
+        "schedulefree": "schedule_free",
+        "adamw_schedulefree": "schedule_free",
+    },
 }

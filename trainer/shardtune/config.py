@@ -1,7 +1,7 @@
 """The config's types: every key, its default and its unit.
 
-The tuning methods and their options are in `tuning_config.py`, the file format (YAML, overrides, errors with their
-lines) in `config_file.py`, what cannot go together in `conflicts.py`.
+The tuning methods and their options are in `tuning_config.py`, the optimizers and theirs in `optimizer_config.py`, the
+file format (YAML, overrides, errors with their lines) in `config_file.py`, what cannot go together in `conflicts.py`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from shardtune.optimizer_config import AdamwConfig, OptimizerConfig
 from shardtune.section import Positive, Section, Share
 from shardtune.tuning_config import FullConfig, TuningConfig
 
@@ -198,38 +199,17 @@ class BatchConfig(Section):
         return values
 
 
-class OptimizerConfig(Section):
-    """The update rule, its learning rate over the run, and clipping."""
-
-    name: Literal["adamw"] = "adamw"
-    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101)."""
-    lr: Annotated[float, Field(ge=0.0)] = 1e-4
-    """Peak learning rate."""
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    """Decoupled weight decay; not on biases and norms."""
-    betas: Annotated[list[Annotated[float, Field(ge=0.0, lt=1.0)]], Field(min_length=2, max_length=2)] = [
-        0.9,
-        0.999,
-    ]
-    """Decay rates of the running means of the gradient and of its square."""
-    eps: Annotated[float, Field(gt=0.0)] = 1e-8
-    """Added to the denominator of the update."""
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """After warm-up: constant, or falling along a line or a half cosine, to be
-    zero once the last step is taken. Step 1 of a warm-up has rate 0, as in transformers."""
-    warmup: Annotated[float, Field(ge=0.0)] = 0.03
-    """Linear rise from zero: a share of the steps below 1, a number of steps from 1 on."""
-    max_grad_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
-    """Gradients are scaled down to this norm, all of them together; null: no clipping."""
-
-
 class StrategyConfig(Section):
     """How model, gradients and optimizer are spread over the ranks."""
 
     kind: Literal["auto", "single", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "auto"
-    """auto: single on one rank; on several ddp where all of it fits one device, else fsdp2."""
-    offload: Literal["none"] = "none"
-    """Where parameters and optimizer rest while unused."""
+    """auto: single on one rank; on several ddp where all of it fits one device, else fsdp2. With offload: cpu fsdp2,
+    with offload: nvme zero3."""
+    offload: Literal["none", "cpu", "nvme"] = "none"
+    """Where what a step does not need at once rests. cpu: in the host's memory, parameters, gradients and optimizer
+    under fsdp2 and zero3, the optimizer under zero2. nvme: as cpu, but the optimizer on a disk, under zero3."""
+    nvme: Annotated[str, Field(min_length=1)] | None = None
+    """Folder on a fast local disk, for offload: nvme; some 12 bytes for each trained parameter."""
 
 
 class DurationConfig(Section):
@@ -311,7 +291,8 @@ class Config(Section):
     batch: BatchConfig = BatchConfig()
     tuning: TuningConfig = FullConfig()
     """Which parameters are trained."""
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = AdamwConfig()
+    """The update rule, its learning rate over the run, and clipping."""
     strategy: StrategyConfig = StrategyConfig()
     duration: DurationConfig = DurationConfig(epochs=1)
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -14,10 +14,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from shardtune.aliases import ALIASES
+from shardtune.aliases import ALIASES, VALUES
 from shardtune.config import BATCH_SIZES, Config, DataConfig, SourceConfig
 from shardtune.conflicts import conflicts
 from shardtune.errors import ConfigError
+from shardtune.optimizer_config import keys_of_optimizer
 
 COMMAND_LINE = "command line"
 
@@ -236,6 +237,11 @@ def _apply_override(override: str, source: Source) -> None:
     if len(path) == 2 and (path[0] == "duration" or (path == ("tuning", "method") and section.get("method") != value)):
         for name in [name for name in section if source.places.get((path[0], name)) != COMMAND_LINE]:
             del section[name]
+    if path == ("optimizer", "name"):  # most options are those of every optimizer
+        known = keys_of_optimizer(value) if isinstance(value, str) else None
+        for name in [name for name in section if known is not None and name not in known]:
+            if source.places.get(("optimizer", name)) != COMMAND_LINE:
+                del section[name]
     if len(path) == 2 and path[0] == "batch" and value is not None:
         for pair in BATCH_SIZES:
             for name in pair if path[1] in pair else ():
@@ -274,6 +280,7 @@ def _explain(detail: ErrorDetails, source: Source) -> None:
         message = _not_one_of(
             given[tag] if isinstance(given, dict) else context["tag"],
             re.findall(r"'([^']*)'", context["expected_tags"]),
+            VALUES.get(name, {}),
         )
     elif kind == "literal_error":
         message = _not_one_of(given, re.findall(r"'([^']*)'|\b(True|False)\b", context["expected"]))
@@ -297,9 +304,11 @@ def _show(value: object) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
 
 
-def _not_one_of(given: object, allowed: list[Any]) -> str:
+def _not_one_of(given: object, allowed: list[Any], elsewhere: Mapping[str, str] | None = None) -> str:
+    """`elsewhere`: what other tools call some of the values."""
     names = [a if isinstance(a, str) else (a[0] or a[1].lower()) for a in allowed]
-    near = difflib.get_close_matches(str(given).lower(), names, 1, 0.5)
+    meant = (elsewhere or {}).get(str(given).lower())
+    near = [meant] if meant else difflib.get_close_matches(str(given).lower(), names, 1, 0.5)
     hint = f"; did you mean {near[0]}?" if near else ""
     if names in (["true"], ["false"]):
         return f"{_show(given)} is not possible in this version, only {names[0]}"
@@ -309,7 +318,7 @@ def _not_one_of(given: object, allowed: list[Any]) -> str:
 def _without_tags(location: tuple[int | str, ...]) -> tuple[str, ...]:
     """pydantic puts the value of a discriminator into the location; keys of the file do not have it."""
     parts = [str(part) for part in location if not (isinstance(part, str) and re.fullmatch("<.*>", part))]
-    if len(parts) > 1 and parts[0] in {"task", "tuning"}:
+    if len(parts) > 1 and parts[0] in {"task", "tuning", "optimizer"}:
         del parts[1]
     return tuple(parts)
 

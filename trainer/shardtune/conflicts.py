@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from shardtune.config import BATCH_SIZES, CausalConfig, Config, DataConfig
+from shardtune.optimizer_config import PagedAdamw8bitConfig, PagedAdamwConfig, ScheduleFreeConfig
 from shardtune.tuning_config import (
     AdaloraConfig,
     AdapterSection,
@@ -15,6 +16,12 @@ from shardtune.tuning_config import (
     PrefixConfig,
     VeraConfig,
     VirtualTokensSection,
+)
+
+WHOLE = "it updates whole matrices, and ZeRO joins all parameters and splits them anywhere"
+BLOCKS = (
+    "its blocks of 256 elements with a common scale would lie elsewhere for each number of ranks, as ZeRO joins all "
+    "parameters and splits them anywhere; losses would differ by 1e-4"
 )
 
 
@@ -60,6 +67,7 @@ def conflicts(config: Config) -> Iterator[tuple[str, str]]:
                 "model.attention",
                 f"{model.attention} does not keep packed examples apart; use auto, sdpa or flash_attention_2",
             )
+    yield from _memory_conflicts(config)
     if (config.duration.epochs is None) == (config.duration.steps is None):
         yield "duration", "give exactly one of duration.epochs and duration.steps"
     if model.tokenizer and model.tokenizer.startswith("train:"):
@@ -107,6 +115,48 @@ def conflicts(config: Config) -> Iterator[tuple[str, str]]:
                 "evaluation.metrics",
                 f"{', '.join(sorted(names & for_texts))}: only with a target; task.text has none",
             )
+
+
+def _memory_conflicts(config: Config) -> Iterator[tuple[str, str]]:
+    strategy, optimizer = config.strategy, config.optimizer
+    able = {"none": [], "cpu": ["fsdp2", "zero2", "zero3"], "nvme": ["zero3"]}[strategy.offload]
+    if able and strategy.kind not in ("auto", *able):
+        yield (
+            "strategy.offload",
+            f"{strategy.offload} is not for strategy.kind: {strategy.kind}, only for {', '.join(able)}",
+        )
+    if (strategy.offload == "nvme") != (strategy.nvme is not None):
+        missing = strategy.nvme is None
+        yield (
+            "strategy.nvme",
+            "offload: nvme needs a folder on a fast local disk" if missing else "only with strategy.offload: nvme",
+        )
+    if strategy.offload == "nvme" and optimizer.name != "adamw":
+        yield "optimizer.name", f"{optimizer.name} cannot be offloaded to a disk; use adamw, or offload: cpu"
+    if strategy.offload != "none" and isinstance(optimizer, PagedAdamwConfig | PagedAdamw8bitConfig):
+        yield (
+            "optimizer.name",
+            f"{optimizer.name} has pages in the host's memory by itself; leave strategy.offload out, or use "
+            f"{optimizer.name.removeprefix('paged_')}",
+        )
+    reason = {
+        "adafactor": WHOLE,
+        "muon": WHOLE,
+        "adamw_8bit": BLOCKS,
+        "paged_adamw_8bit": BLOCKS,
+        "lion_8bit": BLOCKS,
+        "schedule_free": "the average of the weights, which is what is evaluated, is out of reach",
+    }.get(optimizer.name)
+    if strategy.kind.startswith("zero") and reason is not None:
+        yield (
+            "optimizer.name",
+            f"{optimizer.name} does not go with {strategy.kind}: {reason}. Use strategy.kind: fsdp2 or ddp",
+        )
+    if isinstance(optimizer, ScheduleFreeConfig) and isinstance(config.tuning, AdaloraConfig):
+        yield (
+            "optimizer.name",
+            "schedule_free would bring back what tuning.method: adalora takes away; use another optimizer",
+        )
 
 
 def _tuning_conflicts(config: Config) -> Iterator[tuple[str, str]]:

@@ -6,10 +6,10 @@ c classes, d model width, r rank of LoRA.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:  # so that reading and checking data does not wait for torch
     import numpy as np
@@ -222,8 +222,19 @@ class Weights(Protocol):
         ...
 
 
-MakeOptimizer: TypeAlias = "Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]"
-"""Builds the optimizer over the trained parameters, after sharding."""
+class MakeOptimizer(Protocol):
+    """Builds the optimizer over trained parameters, after sharding."""
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether an element's update depends on that element alone, so that any part of a parameter can be updated
+        by itself. Otherwise only whole parameters are given."""
+        ...
+
+    def __call__(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        """An optimizer whose groups have an `lr_scale`: what the learning rate is multiplied by. One with `eval` and
+        `train` methods wants the former before the weights are used for anything but training."""
+        ...
 
 
 class Strategy(Protocol):

@@ -16,6 +16,7 @@ from shardtune.config import (
     CausalConfig,
     ClassificationConfig,
     Config,
+    StrategyConfig,
     TaskConfig,
 )
 from shardtune.data.batching.grouped import Grouped
@@ -25,7 +26,9 @@ from shardtune.errors import ConfigError
 from shardtune.layers import layer_names
 from shardtune.model.skeleton import keeps_logits
 from shardtune.model.tokenizer import decoder_start
+from shardtune.optimizer_config import PagedAdamw8bitConfig, PagedAdamwConfig
 from shardtune.protocols import Batching, Budget, Strategy, Task
+from shardtune.strategy.disk import check_disk
 from shardtune.strategy.replicated import Replicated
 from shardtune.strategy.zero import Zero
 from shardtune.task.causal import Causal
@@ -75,13 +78,15 @@ def is_chat(config: TaskConfig) -> bool:
     return isinstance(config, CausalConfig) and config.messages is not None
 
 
-def choose_strategy(kind: str, model: nn.Module, world: World, compute_dtype: torch.dtype) -> str:
+def choose_strategy(config: StrategyConfig, model: nn.Module, world: World, compute_dtype: torch.dtype) -> str:
     """What `strategy.kind: auto` means for this model on these ranks.
 
     Trained parameters take 16 bytes each (float32 weight, gradient and two moments), frozen ones their own dtype.
     """
-    if kind != "auto":
-        return kind
+    if config.kind != "auto":
+        return config.kind
+    if config.offload != "none":
+        return {"cpu": "fsdp2", "nvme": "zero3"}[config.offload]
     if world.size == 1:
         return "single"
     if world.device.type == "cuda":
@@ -93,15 +98,22 @@ def choose_strategy(kind: str, model: nn.Module, world: World, compute_dtype: to
     return "ddp" if needed <= USABLE_SHARE * memory else "fsdp2"
 
 
-def make_strategy(kind: str, model: nn.Module, world: World, compute_dtype: torch.dtype) -> Strategy:
+def make_strategy(
+    kind: str,
+    model: nn.Module,
+    world: World,
+    compute_dtype: torch.dtype,
+    offload: str = "none",
+    nvme: str | None = None,
+) -> Strategy:
     """The strategy `kind`, which is not auto, for a model on the meta device."""
     if kind in ("single", "ddp"):
         return Replicated(world, compute_dtype)
     if kind == "fsdp2":
         from shardtune.strategy.fsdp2 import Fsdp2  # takes half a second to import
 
-        return Fsdp2(world, compute_dtype, layer_names(model))
-    return Zero(world, compute_dtype, int(kind.removeprefix("zero")), layer_names(model))
+        return Fsdp2(world, compute_dtype, layer_names(model), offload == "cpu")
+    return Zero(world, compute_dtype, int(kind.removeprefix("zero")), layer_names(model), offload, nvme)
 
 
 def make_budget(config: BatchConfig) -> Budget:
@@ -130,6 +142,16 @@ def check_device(config: Config, world: World) -> None:
 
     Raises ConfigError.
     """
+    if config.strategy.nvme is not None:
+        folder = config.strategy.nvme
+        world.first_does("disk", lambda: check_disk(folder))
+    paged = isinstance(config.optimizer, PagedAdamwConfig | PagedAdamw8bitConfig)
+    if world.device.type == "cpu" and paged:
+        unpaged = config.optimizer.name.removeprefix("paged_")
+        raise ConfigError(
+            f"optimizer.name: {config.optimizer.name} moves pages between a GPU and the host's memory, and there is no "
+            f"GPU here; use {unpaged}"
+        )
     if world.device.type == "cpu" and config.model.attention == "flex_attention":
         raise ConfigError("model.attention: flex_attention has no backward pass on a CPU; use sdpa or auto")
     if world.device.type == "cuda" and config.model.dtype == "bfloat16" and not torch.cuda.is_bf16_supported(False):

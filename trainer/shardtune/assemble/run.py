@@ -19,10 +19,11 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from shardtune import optim, run_folder
+from shardtune import run_folder
 from shardtune.assemble.earlier import begin_with, folder_of, take_over
 from shardtune.assemble.eva import observe_inputs
 from shardtune.assemble.isolation import check_isolation
+from shardtune.assemble.optimizers import make_optimizer_recipe
 from shardtune.assemble.parts import (
     DTYPES,
     check_device,
@@ -53,6 +54,7 @@ from shardtune.model.quantized import quantize_layers
 from shardtune.model.quantized_weights import QuantizedWeights
 from shardtune.model.skeleton import Skeleton, build_skeleton, load_architecture, set_dropout
 from shardtune.model.tokenizer import fit_config, identity, load_tokenizer, train_tokenizer
+from shardtune.optim.schedule import clip_scale, learning_rate
 from shardtune.protocols import Task, Text
 from shardtune.reporting import Reporter
 from shardtune.result import write_result
@@ -121,18 +123,10 @@ def train_run(config: Config, world: World, corpus: Corpus | None, command_line:
     if tuning.quantization is not None:
         weights = QuantizedWeights(model, weights, world.device, world.largest)
     # One rank decides: cards may differ, and all must choose alike.
-    kind = world.first_does("strategy", lambda: choose_strategy(config.strategy.kind, model, world, dtype))
+    kind = world.first_does("strategy", lambda: choose_strategy(config.strategy, model, world, dtype))
     facts = _facts(config, world, prepared, skeleton, model, kind, notes)
-    make_optimizer = functools.partial(
-        optim.adamw,
-        lr=config.optimizer.lr,
-        betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
-        eps=config.optimizer.eps,
-        weight_decay=config.optimizer.weight_decay,
-        lr_scale=tuning.lr_scale,
-    )
-    strategy = make_strategy(kind, model, world, dtype)
-    strategy.prepare(model, weights, make_optimizer)
+    strategy = make_strategy(kind, model, world, dtype, config.strategy.offload, config.strategy.nvme)
+    strategy.prepare(model, weights, make_optimizer_recipe(config.optimizer, model, tuning))
     if config.data.batching == "packed":
         vocabulary = prepared.architecture.get_text_config().vocab_size
         check_isolation(prepared.task, strategy, vocabulary, world.device, dtype != torch.float32, config.model.path)
@@ -174,10 +168,10 @@ def train_run(config: Config, world: World, corpus: Corpus | None, command_line:
         train(
             state, total_steps, steps, *tuning.in_training(prepared.task, strategy, total_steps, world), world,
             functools.partial(
-                optim.learning_rate, total_steps=total_steps, peak=config.optimizer.lr,
+                learning_rate, total_steps=total_steps, peak=config.optimizer.lr,
                 schedule=config.optimizer.schedule, warmup=config.optimizer.warmup,
             ),
-            functools.partial(optim.clip_scale, max_grad_norm=config.optimizer.max_grad_norm),
+            functools.partial(clip_scale, max_grad_norm=config.optimizer.max_grad_norm),
             reporter.after_step,
         )  # fmt: skip
         if stream is not None and stream.noted:
@@ -341,8 +335,9 @@ def _facts(
         f"{config.name}: {type(skeleton.model).__name__} ({weights}), {config.task.kind}, {config.tuning.method}: "
         f"{trained:,} of {total:,} parameters trained",
         *(f"  {note}" for note in notes),
-        f"{kind} on {world.size} rank{'s' * (world.size > 1)} ({_device_name(world.device)}), {config.model.dtype}; "
-        + steps,
+        f"{kind} on {world.size} rank{'s' * (world.size > 1)} ({_device_name(world.device)}), {config.model.dtype}, "
+        + (f"offload: {config.strategy.offload}, " if config.strategy.offload != "none" else "")
+        + f"{config.optimizer.name}; {steps}",
         f"examples: {counts or 'a stream'}" + (f"; {len(prepared.labels):,} labels" if prepared.labels else ""),
         *describe_sources(config, prepared.tables.get("train"), prepared.train_counts),
     ]

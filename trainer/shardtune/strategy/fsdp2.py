@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import cast
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from shardtune.protocols import MakeOptimizer, Shard, Weights
-from shardtune.strategy.gradients import scale_in_place, set_learning_rate, sharded_norm
+from shardtune.strategy.gradients import scale_in_place, sharded_norm
 from shardtune.strategy.parameters import fill, fill_buffers, replace_parameters, trained_parameters
+from shardtune.strategy.updates import Updates, local_rows, make_updates
 from shardtune.world import World
 
 
@@ -23,37 +24,43 @@ class Fsdp2:
 
     Each layer of the model is gathered for its own forward and backward; what belongs to no layer (embeddings, output,
     last norms) is gathered together. Parameters are split along their first dimension, so a rank's part is one range
-    of the flattened parameter, and only that range is read.
+    of the flattened parameter, and only that range is read. With offload the parts, their gradients and the optimizer
+    are in the host's memory.
     """
 
     in_step = True
     model: nn.Module
-    _optimizer: torch.optim.Optimizer
+    _updates: Updates | None = None
 
-    def __init__(self, world: World, compute_dtype: torch.dtype, blocks: list[str]) -> None:
-        """`blocks`: names of the model's layers."""
+    def __init__(self, world: World, compute_dtype: torch.dtype, blocks: list[str], offload: bool = False) -> None:
+        """`blocks`: names of the model's layers; `offload`: what is sharded rests in the host's memory."""
         self._world = world
         self._dtype = compute_dtype
         self._blocks = blocks
+        self._offload = offload
 
     def prepare(self, model: nn.Module, weights: Weights, make_optimizer: MakeOptimizer | None) -> None:
         """Shards the model on the meta device, then fills this rank's part of every parameter."""
         device = self._world.device
         mesh = init_device_mesh(device.type, (self._world.size,))
-        policy = MixedPrecisionPolicy(param_dtype=self._dtype, reduce_dtype=torch.float32)
+        on_gpu = device.type == "cuda"
+        policies: dict[str, Any] = {"mp_policy": MixedPrecisionPolicy(self._dtype, torch.float32)}
+        if self._offload:
+            policies["offload_policy"] = CPUOffloadPolicy(pin_memory=on_gpu)
+        resting = torch.device("cpu") if self._offload else device
 
         def with_dtype(name: str, parameter: nn.Parameter) -> nn.Parameter:
             return nn.Parameter(parameter.data.to(weights.dtype(name)), parameter.requires_grad)
 
         replace_parameters(model, with_dtype)
         for name in self._blocks:
-            fully_shard(model.get_submodule(name), mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh, mp_policy=policy)
+            fully_shard(model.get_submodule(name), mesh=mesh, **policies)
+        fully_shard(model, mesh=mesh, **policies)
 
         def materialized(name: str, parameter: nn.Parameter) -> nn.Parameter:
             sharded = cast(DTensor, parameter.data)
             meta = sharded.to_local()
-            local = torch.empty(meta.shape, dtype=meta.dtype, device=device)
+            local = torch.empty(meta.shape, dtype=meta.dtype, device=resting)
             fill(local, weights, name, self._start(sharded))
             whole = DTensor.from_local(
                 local, mesh, sharded.placements, run_check=False, shape=sharded.shape, stride=sharded.stride()
@@ -64,7 +71,12 @@ class Fsdp2:
         fill_buffers(model, weights, device)
         self.model = model
         if make_optimizer is not None:
-            self._optimizer = make_optimizer(trained_parameters(model))
+            self._set_up()
+            self._updates = make_updates(trained_parameters(model), make_optimizer, self._world)
+
+    def _set_up(self) -> None:
+        """What FSDP does before the first forward: a rank's rows move to memory of its choice."""
+        cast(FSDPModule, self.model)._get_fsdp_state()._lazy_init()
 
     @contextmanager
     def forward(self, last: bool) -> Iterator[None]:
@@ -81,10 +93,11 @@ class Fsdp2:
 
     def step(self, lr: float, scale: float) -> None:
         """Updates this rank's part of the parameters."""
+        assert self._updates is not None
         scale_in_place(self._gradients(), scale)
-        set_learning_rate(self._optimizer, lr)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self._updates.step(lr)
+        for _, parameter in trained_parameters(self.model):
+            parameter.grad = None
 
     @contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
@@ -94,19 +107,23 @@ class Fsdp2:
         """
         model = cast(FSDPModule, self.model)
         self.model.eval()
-        # The root has to be set up before a layer runs on its own.
-        model._get_fsdp_state()._lazy_init()
-        model.unshard()
-        with torch.no_grad():
-            yield self.model
-        model.reshard()
+        with self._averaged():
+            self._set_up()  # the root, before a layer runs on its own
+            model.unshard()
+            with torch.no_grad():
+                yield self.model
+            model.reshard()
         self.model.train()
 
     def full_trained(self) -> Iterator[tuple[str, Tensor | None]]:
         """Gathered one at a time."""
-        for name, parameter in trained_parameters(self.model):
-            whole = cast(DTensor, parameter.detach()).full_tensor()
-            yield name, whole.cpu() if self._world.is_first else None
+        with self._averaged():
+            for name, parameter in trained_parameters(self.model):
+                whole = cast(DTensor, parameter.detach()).full_tensor()
+                yield name, whole.cpu() if self._world.is_first else None
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        return self._updates.averaged() if self._updates is not None else nullcontext()
 
     def shards(self) -> Iterator[Shard]:
         """Rows of each parameter; a rank may have none of a small one."""
@@ -129,4 +146,4 @@ class Fsdp2:
         return rows_before * sharded.shape[1:].numel()
 
     def _gradients(self) -> list[Tensor]:
-        return [cast(DTensor, p.grad).to_local() for _, p in trained_parameters(self.model) if p.grad is not None]
+        return [local_rows(p.grad) for _, p in trained_parameters(self.model) if p.grad is not None]

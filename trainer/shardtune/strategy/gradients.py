@@ -1,10 +1,11 @@
-"""The norm of a step's gradient: one function for every strategy."""
+"""The norm of a step's gradient, and what surrounds an optimizer: the same for every strategy."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -52,3 +53,14 @@ def set_learning_rate(optimizer: Any, lr: float) -> None:
     """Sets that of the next step in every group, times the group's own `lr_scale`."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+@contextmanager
+def averaged(optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
+    """The optimizer's parameters hold the values to evaluate and keep: schedule-free ones train at another point."""
+    switch = hasattr(optimizer, "eval")
+    if switch:
+        cast(Any, optimizer).eval()
+    yield
+    if switch:
+        cast(Any, optimizer).train()

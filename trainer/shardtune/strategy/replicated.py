@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from shardtune.protocols import MakeOptimizer, Shard, Weights
-from shardtune.strategy.gradients import scale_in_place, set_learning_rate, squared_norm
+from shardtune.strategy.gradients import averaged, scale_in_place, set_learning_rate, squared_norm
 from shardtune.strategy.parameters import materialize, trained_parameters
 from shardtune.world import World
 
@@ -26,7 +26,7 @@ class Replicated:
     in_step = False
     model: nn.Module
     _module: nn.Module
-    _optimizer: torch.optim.Optimizer
+    _optimizer: torch.optim.Optimizer | None = None
 
     def __init__(self, world: World, compute_dtype: torch.dtype) -> None:
         self._world = world
@@ -68,6 +68,7 @@ class Replicated:
 
     def step(self, lr: float, scale: float) -> None:
         """Updates the parameters and clears the gradients."""
+        assert self._optimizer is not None
         scale_in_place(self._gradients(), scale)
         set_learning_rate(self._optimizer, lr)
         self._optimizer.step()
@@ -81,14 +82,16 @@ class Replicated:
     def evaluating(self) -> Iterator[nn.Module]:
         """The bare model in eval mode."""
         self._module.eval()
-        with torch.no_grad(), self._autocast():
+        with averaged(self._optimizer), torch.no_grad(), self._autocast():
             yield self._module
         self._module.train()
 
     def full_trained(self) -> Iterator[tuple[str, Tensor | None]]:
         """Rank 0 has them all."""
-        for name, parameter in trained_parameters(self._module):
-            yield name, parameter.detach().cpu() if self._world.is_first else None
+        with averaged(self._optimizer):
+            for name, parameter in trained_parameters(self._module):
+                # A copy: outside of this the parameter may have another value.
+                yield name, parameter.detach().to("cpu", copy=True) if self._world.is_first else None
 
     def shards(self) -> Iterator[Shard]:
         """Every rank has all of it, and takes its share."""

@@ -45,13 +45,26 @@ class Zero:
     model: nn.Module
     _module: nn.Module
     _engine: Any = None
+    _accumulated = False
 
-    def __init__(self, world: World, compute_dtype: torch.dtype, stage: int, blocks: list[str]) -> None:
-        """`blocks`: names of the model's layers."""
+    def __init__(
+        self,
+        world: World,
+        compute_dtype: torch.dtype,
+        stage: int,
+        blocks: list[str],
+        offload: str = "none",
+        nvme: str | None = None,
+    ) -> None:
+        """`blocks`: names of the model's layers. `offload`: none; cpu (stage 2: the optimizer and its gradients are in
+        the host's memory; stage 3: parameters too); or nvme (stage 3: parameters in the host's memory, the optimizer on
+        disk, in the folder `nvme`)."""
         self._world = world
         self._blocks = blocks
         self._dtype = compute_dtype
         self._stage = stage
+        self._offload = offload
+        self._nvme = nvme
         self._kept_whole = KEPT_WHOLE
         self.in_step = stage == 3
 
@@ -61,8 +74,9 @@ class Zero:
         import deepspeed
 
         deepspeed.logger.setLevel(logging.ERROR)
-        # On a CPU it would compile an all-reduce for inference now, for a minute, that training never calls.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # On a CPU it would compile an all-reduce for inference now, for a minute, that training never calls; and before
+        # that, try out which of its operations can be compiled here.
+        deepspeed.ops.__compatible_ops__ = {}  # pyright: ignore[reportAttributeAccessIssue]
         deepspeed.init_distributed(verbose=False)
         if self._stage == 3:
             self._fill_and_partition(model, weights)
@@ -74,6 +88,8 @@ class Zero:
             return
         trained = trained_parameters(model)
         optimizer = make_optimizer(trained) if make_optimizer is not None else None
+        if optimizer is not None and self._offload == "nvme":
+            optimizer = _for_disk(optimizer)
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,  # pyright: ignore[reportArgumentType]
@@ -87,13 +103,22 @@ class Zero:
     def _settings(self) -> dict[str, Any]:
         # DeepSpeed's stage 1 takes another optimizer class, without a gradient to read, for float32 accumulation.
         accumulate_in = "bf16" if self._dtype == torch.bfloat16 and self._stage == 1 else "fp32"
+        on_gpu = self._world.device.type == "cuda"
+        resting: dict[str, Any] = {}
+        if self._offload != "none":
+            resting["offload_optimizer"] = {"device": self._offload, "pin_memory": on_gpu}
+            if self._stage == 3:
+                resting["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
+        if self._nvme is not None:
+            resting["offload_optimizer"]["nvme_path"] = self._nvme
         return {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "zero_optimization": {
                 "stage": self._stage,
-                "overlap_comm": self._world.device.type == "cuda",
+                "overlap_comm": on_gpu,
                 "stage3_param_persistence_threshold": self._kept_whole,
+                **resting,
             },
             "bf16": {"enabled": self._dtype == torch.bfloat16},
             "data_types": {"grad_accum_dtype": accumulate_in},
@@ -163,6 +188,7 @@ class Zero:
     def backward(self, loss: Tensor) -> None:
         """Adds gradients; the engine averages over ranks, which is undone here."""
         self._engine.backward(loss * self._world.size, scale_wrt_gas=False)
+        self._accumulated = True
 
     def grad_norm(self) -> float:
         """Each rank squares its part."""
@@ -170,9 +196,19 @@ class Zero:
 
     def step(self, lr: float, scale: float) -> None:
         """Updates this rank's part of the master weights, then the parameters everywhere."""
-        scale_in_place(self._gradients(), scale)
-        set_learning_rate(self._engine.optimizer, lr)
-        self._engine.step()
+        optimizer = self._engine.optimizer
+        set_learning_rate(optimizer, lr)
+        if self._offload != "nvme":
+            scale_in_place(self._gradients(), scale)
+            self._engine.step()
+        else:  # the gradients are on disk; when they are read, they are divided by the loss scale
+            optimizer.override_loss_scale(1.0 / max(scale, torch.finfo(torch.float32).tiny))
+            self._engine.step()
+            optimizer.override_loss_scale(1.0)
+        self._accumulated = False
+        if self._offload == "cpu":
+            for gradient in self._gradients():  # or that of a parameter that the next step does not use would stay
+                gradient.zero_()
 
     @contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
@@ -195,7 +231,9 @@ class Zero:
         """Under stage 3 a range of each parameter; before, what lies in this rank's range of all of them."""
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad
 
-        accumulated = any(group for group in self._engine.optimizer.averaged_gradients.values())
+        accumulated = self._accumulated
+        if self._offload == "none":  # they may still wait for the last micro-batch
+            accumulated = any(group for group in self._engine.optimizer.averaged_gradients.values())
         for name, parameter in trained_parameters(self._module):
             gradient = None
             if self._stage == 3:
@@ -239,8 +277,26 @@ class Zero:
         return range(start, min(start + part, elements))
 
     def _gradients(self) -> list[Tensor]:
-        groups = self._engine.optimizer.averaged_gradients
+        optimizer = self._engine.optimizer
+        if self._offload == "nvme":
+            # What was accumulated in the host's memory, before it was written to disk.
+            return list(optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition.values())
+        if self._offload == "cpu":
+            in_stage_3 = self._stage == 3
+            masters = (
+                optimizer.fp32_partitioned_groups_flat if in_stage_3 else optimizer.single_partition_of_fp32_groups
+            )
+            return [master.grad for master in masters]
+        groups = optimizer.averaged_gradients
         return [gradient for group in groups.values() for gradient in (group or ())]
+
+
+def _for_disk(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """DeepSpeed's AdamW with the settings of torch's: all tensors of its state have the parameters' shapes, as what
+    moves to a disk must. Compiled at first use."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    return DeepSpeedCPUAdam(optimizer.param_groups, fp32_optimizer_states=True)
 
 
 def _full_shape(parameter: nn.Parameter) -> torch.Size:

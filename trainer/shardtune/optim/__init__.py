@@ -1,0 +1,1 @@
+"""Optimizers, the learning rate of each step, and the clipping of gradients."""
