@@ -302,12 +302,16 @@ def load_plainly(folder: Path, base: Path, case: Case) -> nn.Module:
 
 
 def largest_difference(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    """Over all elements, relative to the largest value of each tensor; infinite where names or shapes differ."""
+    """Over all elements, relative to the largest value of each tensor; infinite where names or shapes differ.
+
+    AdaLoRA leaves layers of rank 0, whose tensors have no elements.
+    """
     if {name: tensor.shape for name, tensor in got.items()} != {name: tensor.shape for name, tensor in wanted.items()}:
         return float("inf")
     largest = [
         (got[name].double() - whole.double()).abs().max() / whole.double().abs().max().clamp(min=1e-30)
         for name, whole in wanted.items()
+        if whole.numel()
     ]
     return float(torch.stack(largest).nan_to_num(nan=float("inf")).max())
 
