@@ -1,4 +1,4 @@
-# make setup | quickstart | test | matrix | grid | lint | schema | bench | bench-gpu | clean
+# make setup | quickstart | test | matrix | grid | methods | lint | schema | bench | bench-gpu | clean
 #
 # Variables you may set, as in `make quickstart RANKS=1`:
 #   PYTHON           the interpreter that makes .venv          (default: the first Python >= 3.11 found)
@@ -6,6 +6,7 @@
 #   TORCH_CPU_INDEX  an index that holds CPU builds of PyTorch (default: pip's own configuration)
 #   RANKS            ranks of the quickstart                   (default: the number of GPUs, or 2 without one)
 #   PYTEST_ARGS      more arguments for pytest, for instance PYTEST_ARGS='-k config -x'
+#   METHODS_ARGS     of `methods`, for instance METHODS_ARGS='--methods lora,dora --strategies single,fsdp2'
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -36,7 +37,7 @@ TORCH ?= torch==$(TORCH_VERSION)$(if $(filter 0,$(GPUS)),+cpu)
 BENCH_GPU := $(sort $(wildcard tests/bench/gpu_*.py))
 BENCH_CPU := $(sort $(filter-out $(BENCH_GPU) tests/bench/_%.py,$(wildcard tests/bench/*.py)))
 
-.PHONY: help setup quickstart test matrix grid lint schema bench bench-gpu clean
+.PHONY: help setup quickstart test matrix grid methods lint schema bench bench-gpu clean
 
 help:
 	@sed -n '1,/^$$/p' Makefile
@@ -84,6 +85,10 @@ matrix: setup
 # The same run under every layout: ranks, micro-batches, batchings and strategies; `test` runs a sample of it.
 grid: setup
 	PATH="$(BIN):$$PATH" $(BIN)/python tests/grid.py
+
+# Every tuning method on a small T5 and a small Llama, alone and under every kind of strategy; `test` runs a sample.
+methods: setup
+	PATH="$(BIN):$$PATH" $(BIN)/python tests/methods.py $(METHODS_ARGS)
 
 # All of them, even after one has failed.
 SCRIPTS = $(wildcard .ci/run slurm/*.sbatch slurm/*.sh launch/*.sh tests/*.sh)

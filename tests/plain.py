@@ -24,7 +24,8 @@ AUTO = {
     "causal": transformers.AutoModelForCausalLM,
     "classification": transformers.AutoModelForSequenceClassification,
 }
-TASKS = {"t5": "seq2seq", "mt5": "seq2seq", "bart": "seq2seq", "bert": "classification"}
+SEQ2SEQ, ENCODERS = ("t5", "mt5", "bart"), ("bert", "distilbert")
+TASKS = {**dict.fromkeys(SEQ2SEQ, "seq2seq"), **dict.fromkeys(ENCODERS, "classification")}
 
 
 def task_of(model_type: str) -> str:
@@ -40,7 +41,9 @@ class Step(NamedTuple):
     slots: int
 
 
-def make_model(folder: Path, architecture: dict[str, Any], seed: int, dtype: torch.dtype = torch.float32) -> Path:
+def make_model(
+    folder: Path, architecture: dict[str, Any], seed: int, dtype: torch.dtype = torch.float32, vocabulary: int = 41
+) -> Path:
     """A model with weights and a tokenizer of whole words, saved as transformers saves it.
 
     No weight is left at a trivial value, and the vocabulary is odd, so that two ranks do not get as much of it.
@@ -48,7 +51,7 @@ def make_model(folder: Path, architecture: dict[str, Any], seed: int, dtype: tor
     task = task_of(architecture["model_type"])
     special = ["<pad>", "</s>", "<s>", "<unk>"]
     ids = {piece: index for index, piece in enumerate([*special, *tiny.WORDS])}
-    settings = {**architecture, "vocab_size": 41, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+    settings = {**architecture, "vocab_size": vocabulary, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
     if task == "seq2seq":
         settings |= {"decoder_start_token_id": 0, "forced_eos_token_id": None}
     if task == "classification":
@@ -154,11 +157,11 @@ def evaluation_loss(model: nn.Module, task: str, batch: dict[str, Tensor]) -> fl
         return model(**batch).loss.item()
 
 
-def predict(model: Any, tokenizer: Any, task: str, row: Row) -> str:
-    """What the model makes of one row, greedily and in at most six tokens."""
+def predict(model: Any, tokenizer: Any, task: str, row: Row, **more: Tensor) -> str:
+    """What the model makes of one row, greedily and in at most six tokens; `more` of what it is called with."""
     model.eval()
     source = tokenizer(row["text"], truncation=True, max_length=SOURCE_LIMIT, return_tensors="pt")
-    source = {"input_ids": source["input_ids"], "attention_mask": source["attention_mask"]}
+    source = {"input_ids": source["input_ids"], "attention_mask": source["attention_mask"], **more}
     with torch.no_grad():
         if task == "classification":
             return ["no", "pet"][int(model(**source).logits.argmax())]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,18 +11,18 @@ import numpy as np
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig
 
 import plain
 import run_many
 import tiny
+from shardtune.assemble.data import read_texts
 from shardtune.assemble.positions import check_positions
-from shardtune.assemble.trained import evaluate, generate
+from shardtune.assemble.trained import evaluate, export, generate
 from shardtune.assemble.tunings import make_tuning
-from shardtune.config import Config
 from shardtune.config_file import load_config
-from shardtune.data.corpus import Corpus
 from shardtune.data.tables import TokenTable
 from shardtune.errors import ConfigError
 from shardtune.protocols import Tokens
@@ -35,6 +34,9 @@ from shardtune.tuning.virtual_tokens import Prefix, Prompt, PTuning
 from shardtune.tuning_config import PromptConfig
 from shardtune.world import World
 from skeletons import TASKS, saved, skeleton_of
+
+# peft's own generate() says so of decoders.
+pytestmark = pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
 
 METHODS: dict[str, dict[str, Any]] = {
     "prefix": {"method": "prefix"},
@@ -66,16 +68,16 @@ class Run(NamedTuple):
 
 
 SINGLE = [
-    *(Run(model, method) for model in ("t5", "llama") for method in METHODS),
-    Run("t5_uneven", "prefix"), Run("bart", "multitask"), Run("bart", "prefix"), Run("gpt2", "prompt"),
-    Run("gpt2", "prefix"), Run("bert", "prefix"), Run("bert", "prompt"), Run("llama_labels", "prefix"),
+    Run("t5", "prompt"), Run("t5", "projected"), Run("t5", "lstm"), Run("t5", "tasks"), Run("llama", "prefix"),
+    Run("llama", "text"), Run("llama", "mlp"), Run("llama", "lstm"), Run("llama", "tasks"), Run("t5_uneven", "prefix"),
+    Run("bart", "multitask"), Run("gpt2", "prompt"), Run("bert", "prefix"), Run("llama_labels", "prefix"),
     Run("llama_labels", "mlp"),
 ]  # fmt: skip
 TWO_RANKS = [
     Run("t5", "projected", "zero3"), Run("t5", "lstm", "fsdp2"), Run("t5", "prompt", "ddp"),
-    Run("t5", "tasks", "fsdp2"), Run("llama", "prefix", "fsdp2"), Run("llama", "lstm", "zero3"),
-    Run("llama", "tasks", "zero3"), Run("llama", "mlp", "fsdp2"), Run("llama_labels", "mlp", "zero3"),
+    Run("llama", "prefix", "fsdp2"), Run("llama", "tasks", "zero3"), Run("llama_labels", "mlp", "zero3"),
 ]  # fmt: skip
+STEPS = 5
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +101,15 @@ def config_of(folder: Path, run: Run) -> Path:
     options: dict[str, Any] = {}
     if run.method == "tasks":
         sources = [tiny.write_rows(folder / f"{seed}.jsonl", tiny.rows(20, seed)) for seed in (8, 9)]
-        options = {"data__train": [str(source) for source in sources], "data__validation": None, "batch__examples": 40}
+        options = {
+            "data__train": [str(source) for source in sources],
+            "data__validation": None,
+            "data__splits": [0.4, 0.6, 0.0],
+            "batch__examples": 40,
+        }
     return run_many.config(
         folder, run.name, model_of(folder, run), run.task, tuning=METHODS[run.method], strategy__kind=run.strategy,
-        duration__steps=8 if run.strategy == "single" else 4, optimizer__schedule="constant", **options,
+        duration__steps=STEPS, optimizer__schedule="constant", **options,
     )  # fmt: skip
 
 
@@ -128,11 +135,10 @@ class Told(nn.Module):
 
 
 @pytest.mark.parametrize("run", SINGLE, ids=lambda run: run.name)
-@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
 def test_peft_alone_predicts_the_same(done: Path, run: Run) -> None:
     """Row by row and without padding: the run's own predictions were made in batches."""
     model, tokenizer = loaded(done, run), plain.load_tokenizer(model_of(done, run))
-    rows = plain.read_rows(done / "runs" / run.name / "predictions" / "step-8-validation.jsonl")
+    rows = plain.read_rows(done / "runs" / run.name / "predictions" / f"step-{STEPS}-validation.jsonl")
     of_second = {row["text"] for row in tiny.rows(20, 9)} if run.method == "tasks" else set()
     assert rows
     tasks, loss, targets = set(), 0.0, 0
@@ -159,23 +165,23 @@ def test_the_loss_falls(done: Path, run: Run) -> None:
 
 @pytest.mark.parametrize("run", TWO_RANKS, ids=lambda run: run.name)
 def test_layouts_agree(done: Path, run: Run) -> None:
-    """The first steps' losses, and, after as many steps, the vectors and the network that computes them."""
-    short = Run(run.model, run.method)
-    (steps, _), (reference, _) = (run_many.metrics(done / "runs" / name) for name in (run.name, short.name))
-    for mine, theirs in zip(steps, reference, strict=False):
-        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
-    model = loaded(done, run)
-    shapes = {name: tuple(tensor.shape) for name, tensor in run_many.adapter(done / "runs" / short.name).items()}
-    found = run_many.adapter(done / "runs" / run.name)
-    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == shapes
-    assert all(bool(tensor.any()) for tensor in found.values())
-    rows = plain.read_rows(done / "runs" / run.name / "predictions" / "step-4-validation.jsonl")
-    tokenizer = plain.load_tokenizer(model_of(done, run))
-    if run.method != "tasks":
-        given = [{"text": row["source"], "summary": "", "label": "no"} for row in rows]
-        predicted = [plain.predict(model, tokenizer, run.task, row) for row in given]
-        assert predicted == [row["prediction"] for row in rows]
+    """Losses, gradients, predictions, and in the end the vectors and the network that computes them."""
+    alone, spread = done / "runs" / Run(run.model, run.method).name, done / "runs" / run.name
+    (steps, _), (reference, _) = run_many.metrics(spread), run_many.metrics(alone)
+    for mine, theirs in zip(steps, reference, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+    assert steps[0]["loss"] == pytest.approx(reference[0]["loss"], rel=1e-5)
+    file = f"step-{STEPS}-validation.jsonl"
+    assert plain.read_rows(spread / "predictions" / file) == plain.read_rows(alone / "predictions" / file)
+    for name in ("adapter_model.safetensors", "trained_encoder.safetensors"):
+        assert (spread / "final" / name).exists() == (alone / "final" / name).exists()
+        if (spread / "final" / name).exists():
+            found, expected = (load_file(folder / "final" / name) for folder in (spread, alone))
+            assert found.keys() == expected.keys()
+            for key, tensor in expected.items():
+                torch.testing.assert_close(found[key], tensor, rtol=1e-4, atol=1e-4)
+                assert bool(tensor.any())
 
 
 # ------------------------------------------------------------------------------------- what they begin as
@@ -213,12 +219,10 @@ def test_a_prompt_from_text_begins_as_peft_would(tmp_path: Path, name: str) -> N
     found = weights.read(parameter, 0, expected.numel())
     torch.testing.assert_close(found.view(expected.shape), expected)
     cuts = [0, 5, 33, 100, expected.numel()]
-    parts = [weights.read(parameter, low, high) for low, high in itertools.pairwise(cuts)]
+    parts = [weights.read(parameter, low, high) for low, high in pairwise(cuts)]
     assert torch.equal(torch.cat(parts), found)
     assert weights.read(parameter, 9, 9).numel() == 0
-    assert not model.get_submodule("base_model").training or all(
-        not p.requires_grad for n, p in model.named_parameters() if n.startswith("base_model")
-    )
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == [parameter]
 
 
 def test_a_random_prompt_begins_as_tokens_of_the_vocabulary(tmp_path: Path) -> None:
@@ -252,9 +256,7 @@ def test_padding_on_either_side_changes_nothing(tmp_path: Path) -> None:
             for index, row in enumerate(rows):
                 where = slice(9 - len(row), 9) if left else slice(0, len(row))
                 ids[index, where], mask[index, where] = row, 1
-            places = mask.cumsum(1) - 1
-            offset = {"position_ids": (places + 3).clamp(min=0)} if False else {}
-            logits = model(input_ids=ids, attention_mask=mask, **offset).logits
+            logits = model(input_ids=ids, attention_mask=mask).logits
             assert logits.shape[:2] == (3, 9)
             for index, row in enumerate(rows):
                 plainly = type(model).forward(model, input_ids=row[None], attention_mask=torch.ones(1, len(row)))
@@ -262,7 +264,13 @@ def test_padding_on_either_side_changes_nothing(tmp_path: Path) -> None:
                     torch.testing.assert_close(logits[index, : len(row)], plainly.logits[0, 3:], rtol=1e-4, atol=1e-5)
                 kept = model(input_ids=ids, attention_mask=mask, logits_to_keep=torch.tensor([1, 4])).logits
                 torch.testing.assert_close(kept, logits[:, [1, 4]])
-            how = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+            how = {
+                "max_new_tokens": 5,
+                "do_sample": False,
+                "eos_token_id": None,
+                "pad_token_id": 0,
+                "repetition_penalty": 1.5,
+            }
             if left:
                 together = model.generate(input_ids=ids, attention_mask=mask, **how)
                 for index, row in enumerate(rows):
@@ -299,33 +307,28 @@ def test_the_model_is_told_the_tasks(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------ after the run, refusals
 
 
-@pytest.mark.parametrize(
-    "run", [Run("t5", "lstm"), Run("llama", "tasks"), Run("llama", "prefix"), Run("bert", "prompt")]
-)
-def test_results_are_judged_and_tried(
-    done: Path, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, read: Any
-) -> None:
+JUDGED = [Run("t5", "lstm"), Run("llama", "tasks"), Run("llama", "prefix"), Run("bert", "prefix")]
+
+
+@pytest.mark.parametrize("run", JUDGED, ids=lambda run: run.name)
+def test_results_are_judged_and_tried(done: Path, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SHARDTUNE_CACHE", str(tmp_path / "cache"))
     path = config_of(done, run)
     config = load_config(path, [])
     folder = done / "runs" / run.name
     _, evaluations = run_many.metrics(folder)
-    table = evaluate(config, read(config), None, "validation")
+    table = evaluate(config, read_texts(config), None, "validation")
     assert f"{evaluations[-1]['loss']:.4f}" in table
-    rows = plain.read_rows(folder / "predictions" / "step-8-validation.jsonl")
+    rows = plain.read_rows(folder / "predictions" / f"step-{STEPS}-validation.jsonl")
     if run.method != "tasks":
         assert list(generate(config, folder, [row["source"] for row in rows], False)) == [r["prediction"] for r in rows]
     assert len(list(generate(config, folder, ["red cat", "old dog"], False))) == 2
 
 
-@pytest.fixture
-def read() -> Iterator[Any]:
-    from shardtune.assemble.data import read_texts
-
-    def texts(config: Config) -> Corpus:
-        return read_texts(config)
-
-    return texts
+def test_virtual_tokens_are_not_merged(done: Path, tmp_path: Path) -> None:
+    run = Run("llama", "prefix")
+    with pytest.raises(ConfigError, match=r"virtual tokens \(tuning.method: prefix\) stand before the text"):
+        export(load_config(config_of(done, run), []), done / "runs" / run.name, tmp_path / "out", merge=True)
 
 
 def test_the_network_lies_beside_the_result(done: Path) -> None:
@@ -334,7 +337,7 @@ def test_the_network_lies_beside_the_result(done: Path) -> None:
     assert set(run_many.adapter(final.parent)) == {"prompt_embeddings"}
     assert (final / "trained_encoder.safetensors").exists()
     assert json.loads((final / "adapter_config.json").read_text())["inference_mode"] is True
-    assert not (done / "runs" / Run("t5", "prefix").name / "final" / "trained_encoder.safetensors").exists()
+    assert not (done / "runs" / Run("llama", "prefix").name / "final" / "trained_encoder.safetensors").exists()
 
 
 @pytest.mark.parametrize(

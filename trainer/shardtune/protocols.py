@@ -6,9 +6,10 @@ c classes, d model width, r rank of LoRA.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:  # so that reading and checking data does not wait for torch
@@ -155,11 +156,11 @@ class Task(Protocol):
 class Adapter(NamedTuple):
     """An adapter as its folder holds it; tensors are whole, on the CPU."""
 
-    settings: PeftConfig
-    """What `adapter_config.json` is to say."""
     tensors: dict[str, Tensor]
     """Those of `adapter_model.safetensors`."""
-    beside: dict[str, Tensor]
+    settings: PeftConfig
+    """What `adapter_config.json` is to say."""
+    beside: Mapping[str, Tensor] = MappingProxyType({})
     """What PEFT does not read, but a run that goes on from there (`tuning.from`) does: the trained parameters that
     `tensors` were computed by."""
 
@@ -184,10 +185,10 @@ class Tuning(Protocol):
         initialization. All ranks call it and get the same."""
         ...
 
-    def adapter(self, model: nn.Module, trained: dict[str, Tensor]) -> Adapter:
-        """The result, where it is an adapter, given the trained parameters, whole and float32, by the names of the
-        applied `model`. The first rank calls it alone. A parameter that is saved as it is stays the same object: so a
-        model on the meta device tells which tensor of a file belongs where."""
+    def result(self, model: nn.Module, trained: dict[str, Tensor], initial: Weights) -> Adapter:
+        """The adapter, of a method that makes one, given the trained parameters, whole and float32, by the names of the
+        applied `model`; `initial`: what all began from. The first rank calls it alone. A parameter that is saved as it
+        is stays the same object: so a model on the meta device tells which tensor of a file belongs where."""
         ...
 
     def lr_scale(self, name: str) -> float:
@@ -286,6 +287,10 @@ class Strategy(Protocol):
     def overwrite(self, name: str, value: Tensor) -> None:
         """Sets a trained parameter: its master weight and what the forward pass reads. All ranks give the same whole
         value, in float32."""
+        ...
+
+    def drop(self) -> None:
+        """Lets go of the model, which is of no use afterwards."""
         ...
 
 

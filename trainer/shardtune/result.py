@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shardtune.errors import StorageError
-from shardtune.protocols import BESIDE, Adapter, Strategy, Weights
+from shardtune.protocols import BESIDE, Adapter, Strategy, Tuning, Weights
 
 SHARD_BYTES = 5_000_000_000
 """Largest file of a model, and about what the first rank holds of it at once."""
@@ -29,14 +29,13 @@ def write_result(
     tokenizer: PreTrainedTokenizerBase,
     labels: Sequence[str],
     stored_dtype: torch.dtype,
-    adapter_of: Callable[[dict[str, Tensor]], Adapter] | None,
+    tuning: Tuning,
     is_first: bool,
 ) -> None:
     """Writes the result of tuning `model`, which has been prepared by `strategy`; all ranks call it.
 
-    `adapter_of`: what the trained parameters are as an adapter; None: the result is a model. An adapter is float32; a
-    model has `stored_dtype`, that of the weights it began from, and what was not trained is taken from them unrounded.
-    Raises StorageError on the first rank; the folder is whole or absent.
+    An adapter is float32; a model has `stored_dtype`, that of the weights it began from, and what was not trained is
+    taken from them unrounded. Raises StorageError on the first rank; the folder is whole or absent.
     """
     trained = strategy.full_trained()
     if not is_first:
@@ -48,8 +47,8 @@ def write_result(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         present = ((name, cast(Tensor, tensor)) for name, tensor in trained)
-        if adapter_of is not None:
-            _write_adapter(partial, adapter_of(dict(present)))
+        if tuning.makes_adapter:
+            _write_adapter(partial, tuning.result(model, dict(present), weights))
         else:
             base = cast(PreTrainedModel, model)
             _write_model(partial, base, _all_tensors(base, present, weights), stored_dtype)

@@ -70,7 +70,8 @@ else:  # `from` is a word of the language, so a class body cannot name it
                 Field(
                     default=None,
                     description="Folder of an earlier adapter of the same method to go on from, such as "
-                    "runs/first/final; null: a new one.",
+                    "runs/first/final; options that shape it and are not given here are taken from it. null: a new "
+                    "one.",
                 ),
             )
         },
@@ -318,7 +319,7 @@ class PromptConfig(VirtualTokensSection):
     method: Literal["prompt"]
     """Which parameters are trained."""
     text: str | None = None
-    """They begin as the embeddings of this text, repeated or cut to length; null: as random ones."""
+    """They begin as the embeddings of this text, repeated or cut to length; null: as those of random tokens."""
 
 
 class PTuningConfig(VirtualTokensSection):
@@ -336,7 +337,7 @@ class PTuningConfig(VirtualTokensSection):
 
 class MultitaskPromptConfig(VirtualTokensSection):
     """One prompt for all tasks times a low-rank factor for each (Wang et al. 2023, arXiv:2303.02861); each source of
-    `data.train` is a task."""
+    `data.train` is a task. Judged are shares of these sources as their tasks, all else as the first one."""
 
     method: Literal["multitask_prompt"]
     """Which parameters are trained."""

@@ -59,7 +59,9 @@ def _directions(
             for example in examples:
                 with inputs.example() if world.is_first else nullcontext():
                     task.loss_sum(whole, task.collate([example]).to(world.device))
-    return inputs.found() if world.is_first else {}
+    found = inputs.found() if world.is_first else {}
+    strategy.drop()
+    return found
 
 
 def _first(order: Order, count: int) -> list[int]:

@@ -12,6 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from shardtune.assemble.earlier import take_over
 from shardtune.config import Config
 from shardtune.config_file import dump_config
 from shardtune.conflicts import conflicts
@@ -62,6 +63,7 @@ def verify(
     Raises ConfigError for a layout that the config does not allow, NumbersError with the same table where a difference
     is above `tolerance`, and the error of a run that fails.
     """
+    config = take_over(config)
     written = {layout: _write(config, layout, steps, folder) for layout in chosen}
     for ranks in dict.fromkeys(layout.ranks for layout in chosen):
         files = [file for layout, file in written.items() if layout.ranks == ranks]

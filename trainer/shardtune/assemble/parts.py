@@ -67,6 +67,14 @@ def of_tasks(config: Config, task: Task) -> Task:
     return Multitask(task) if isinstance(config.tuning, MultitaskPromptConfig) else task
 
 
+def task_notes(config: Config) -> list[str]:
+    """What is to be said of examples whose task is not known."""
+    data, several = config.data, isinstance(config.tuning, MultitaskPromptConfig) and len(config.data.sources) > 1
+    if not several or (data.validation is None and data.test is None):
+        return []
+    return [f"data.validation and data.test are of no source, and judged as task 0, {data.sources[0].path}"]
+
+
 def saved_labels(folder: Path) -> list[str]:
     """The labels of a classifier's result; empty for other results."""
     path = folder / "labels.json"

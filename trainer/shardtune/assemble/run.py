@@ -20,7 +20,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from shardtune import run_folder
-from shardtune.assemble.earlier import begin_with, folder_of, take_over
+from shardtune.assemble.begin_with import begin_with
+from shardtune.assemble.earlier import folder_of, take_over
 from shardtune.assemble.eva import observe_inputs
 from shardtune.assemble.isolation import check_isolation
 from shardtune.assemble.optimizers import make_optimizer_recipe
@@ -35,6 +36,7 @@ from shardtune.assemble.parts import (
     metric_names,
     of_tasks,
     saved_labels,
+    task_notes,
 )
 from shardtune.assemble.positions import check_positions, longest_row
 from shardtune.assemble.steps import describe_sources, make_course, make_stream, make_stream_course
@@ -116,7 +118,7 @@ def train_run(config: Config, world: World, corpus: Corpus | None, command_line:
             f"model.tokenizer: has {len(prepared.tokenizer):,} tokens, more than {config.model.path}; an adapter would "
             "not hold the new ones. Use tuning.method: full, or the model's own tokenizer"
         )
-    weights, notes = tuning.initial(model, initial, world), tuning.notes()
+    weights, notes = tuning.initial(model, initial, world), [*tuning.notes(), *task_notes(config)]
     if (earlier := folder_of(config)) is not None:
         weights, taken = begin_with(earlier, config.tuning.method, tuning, model, weights, prepared.labels)
         notes += taken
@@ -179,7 +181,7 @@ def train_run(config: Config, world: World, corpus: Corpus | None, command_line:
         reporter.evaluate()
         write_result(
             folder / "final", model, strategy, weights, prepared.tokenizer, prepared.labels, skeleton.stored_dtype,
-            functools.partial(tuning.adapter, model) if tuning.makes_adapter else None, world.is_first,
+            tuning, world.is_first,
         )  # fmt: skip
     except DataError as error:  # of a stream, which every rank reads, each perhaps from a file of its own
         if not world.first_to_say("stream"):

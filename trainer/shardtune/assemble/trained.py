@@ -163,8 +163,13 @@ def export(config: Config, run: Path, out: Path, merge: bool) -> str:
         shutil.copytree(folder, out)
         kind = "adapter" if is_adapter else "model"
         return f"{out}: the {kind}, as {'peft' if is_adapter else 'transformers'} loads it"
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
+    if PeftConfig.from_pretrained(str(folder)).is_prompt_learning:
+        raise ConfigError(
+            f"command line --merge: virtual tokens (tuning.method: {config.tuning.method}) stand before the text, not "
+            "in the weights, so they cannot be merged; leave --merge out"
+        )
     with quiet_libraries():
         tokenizer = load_tokenizer(str(folder), config.task.truncation_side, config.model.trust_remote_code)
         # Merged in float32, so that the update is rounded once, and then stored as the base was.

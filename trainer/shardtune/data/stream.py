@@ -228,8 +228,7 @@ def read_judged(
     if not parts["train"]:
         raise DataError(nothing_usable(train, dropped))
     parts["train"] = []
-    three = [parts[name] for name in ("train", "validation", "test")]
-    return Splits(*three, dropped={}, fingerprint=fingerprint_of(parts), train_counts=[])
+    return Splits([], parts["validation"], parts["test"], {}, fingerprint_of(parts), train_counts=[])
 
 
 def nothing_usable(sources: Sequence[str], dropped: Dropped) -> str:

@@ -145,5 +145,9 @@ class Fsdp2:
         rows_before = -(-sharded.shape[0] // self._world.size) * self._world.rank  # torch.chunk's split
         return rows_before * sharded.shape[1:].numel()
 
+    def drop(self) -> None:
+        """Nothing else holds it."""
+        del self.model
+
     def _gradients(self) -> list[Tensor]:
         return [local_rows(p.grad) for _, p in trained_parameters(self.model) if p.grad is not None]

@@ -105,6 +105,10 @@ class Replicated:
         """Every rank sets all of it."""
         self._module.get_parameter(name).data.copy_(value)
 
+    def drop(self) -> None:
+        """Nothing else holds it."""
+        del self._module, self.model
+
     def _gradients(self) -> list[Tensor]:
         return [p.grad for _, p in trained_parameters(self._module) if p.grad is not None]
 

@@ -276,6 +276,15 @@ class Zero:
         start = min(part * self._world.rank, elements)
         return range(start, min(start + part, elements))
 
+    def drop(self) -> None:
+        """DeepSpeed holds on to a model that it has seen, so its parameters are emptied."""
+        for parameter in self._module.parameters():
+            for held in (parameter, getattr(parameter, "ds_tensor", None)):
+                if held is not None:
+                    held.data = held.data.new_empty(0)
+        del self._module, self.model
+        self._engine = None
+
     def _gradients(self) -> list[Tensor]:
         optimizer = self._engine.optimizer
         if self._offload == "nvme":

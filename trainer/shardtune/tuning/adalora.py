@@ -78,8 +78,10 @@ class Adalora(LinearAdapter):
         wrapped = super().apply(model)
         with torch.no_grad():
             for name, parameter in wrapped.named_parameters():
-                if ".ranknum." in name:  # a number that PEFT keeps as a frozen parameter, and made with its value
-                    parameter.fill_(float(self._initial_rank))
+                if (
+                    ".ranknum." in name
+                ):  # a constant, which loses its value and is thawed by the move to the meta device
+                    parameter.requires_grad_(False).fill_(float(self._initial_rank))
         self._model = wrapped
         return wrapped
 

@@ -20,6 +20,8 @@ from shardtune.world import World
 
 ROWS = 1024
 """Inputs decomposed at once, at least."""
+KEPT = 2
+"""Directions kept from piece to piece for each one asked for: the weaker ones may yet turn out the stronger."""
 THIN = 8
 """A randomized decomposition serves where the directions are fewer than this part of rows and columns."""
 
@@ -161,7 +163,7 @@ class _Analysis:
     def __init__(self, most: int) -> None:
         self._most = most
         self._waiting: list[Tensor] = []
-        self._at_once = max(ROWS, 2 * most)
+        self._at_once = max(ROWS, KEPT * most)
         self._pca: Any = None
 
     def add(self, rows: Tensor) -> None:
@@ -175,13 +177,14 @@ class _Analysis:
         if self._waiting:
             self._take(torch.cat(self._waiting))
             self._waiting = []
-        return Directions(self._pca.components_.float().cpu(), self._pca.explained_variance_ratio_.tolist())
+        shares = self._pca.explained_variance_ratio_[: self._most]
+        return Directions(self._pca.components_[: self._most].float().cpu(), shares.tolist())
 
     def _take(self, rows: Tensor) -> None:
         from peft.utils.incremental_pca import IncrementalPCA
 
         if self._pca is None:
-            components = min(self._most, *rows.shape)
+            components = min(KEPT * self._most, *rows.shape)
             thin = THIN * components <= min(rows.shape)
             self._pca = IncrementalPCA(components, lowrank=thin, lowrank_seed=0)
         self._pca.partial_fit(rows)

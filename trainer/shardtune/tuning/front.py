@@ -107,5 +107,5 @@ def _generate(
 ) -> Tensor:
     """The texts with what was written after them [b, s + t]."""
     embeddings, mask = _with_prompt(model, input_ids, attention_mask, task_ids)
-    written = model.base_model.generate(inputs_embeds=embeddings, attention_mask=mask, **settings)
-    return torch.cat([input_ids.repeat_interleave(len(written) // len(input_ids), dim=0), written], dim=1)
+    # The model reads the embeddings; the ids are for settings that look at what stands there, such as penalties.
+    return model.base_model.generate(input_ids=input_ids, inputs_embeds=embeddings, attention_mask=mask, **settings)

@@ -150,8 +150,16 @@ def factorize(
 
 
 def singular_factors(matrix: Tensor, rank: int, scale: float) -> Factors:
-    """A = √(S/s) Vᵀ and B = U √(S/s) with the `rank` largest singular values S of `matrix` [d_out, d_in] and s =
-    `scale`, so that s B A is the nearest matrix of that rank (Eckart and Young 1936)."""
+    """A and B such that `scale` B A is the nearest matrix of that rank to `matrix` [d_out, d_in] (Eckart and Young
+    1936)."""
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    return weighted(left, values, right, rank, scale)
+
+
+def weighted(left: Tensor, values: Tensor, right: Tensor, rank: int, scale: float) -> Factors:
+    """A = √(S/s) Vᵀ and B = U √(S/s) of the `rank` largest singular values S, with s = `scale`.
+
+    `left` U [d_out, k], `values` S [k], falling, and `right` Vᵀ [k, d_in].
+    """
     root = (values[:rank] / scale).sqrt()
     return Factors(root[:, None] * right[:rank], left[:, :rank] * root)

@@ -26,7 +26,7 @@ class Method:
         """The values of the base and of the plain initialization."""
         return weights
 
-    def adapter(self, model: nn.Module, trained: dict[str, Tensor]) -> Adapter:
+    def result(self, model: nn.Module, trained: dict[str, Tensor], initial: Weights) -> Adapter:
         """What PEFT itself would save of the trained parameters."""
         from peft.utils import get_peft_model_state_dict
 
@@ -37,7 +37,7 @@ class Method:
             if name not in parameters
         }
         tensors = get_peft_model_state_dict(model, state_dict={**trained, **kept}, save_embedding_layers=False)
-        return Adapter(settings_of(model), tensors, {})
+        return Adapter(tensors, settings_of(model))
 
     def lr_scale(self, name: str) -> float:
         """The same learning rate for all."""

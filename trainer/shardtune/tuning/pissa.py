@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from shardtune.errors import ConfigError
 from shardtune.protocols import Adapter, Weights
@@ -19,9 +21,13 @@ from shardtune.tuning.initial_values import (
     adapted_layers,
     factorize,
     singular_factors,
+    weighted,
 )
 from shardtune.tuning.lora import Lora
 from shardtune.world import World
+
+OVERSAMPLING = 10
+"""Directions that a randomized decomposition finds beside those asked for, which makes these more exact."""
 
 
 class Pissa(Lora):
@@ -45,20 +51,20 @@ class Pissa(Lora):
         self._began: dict[str, Tensor] = {}
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """As LoRA.
-
-        Raises ConfigError where a layer has fewer singular values than the rank, or shares its weight with another
-        that would lose the principal part, too.
-        """
+        """As LoRA. Raises ConfigError where a layer has fewer singular values than the rank."""
         tuned = super().apply(model)
-        for layer in adapted_layers(tuned):
-            if layer.weight != f"{layer.name}.base_layer.weight":
-                name = layer.name.removeprefix("base_model.model.")
-                raise ConfigError(
-                    f"tuning.targets: {name} shares its weight with another layer; leave it out, or use lora"
-                )
         check_rank(adapted_layers(tuned))
         return tuned
+
+    def choose(self, model: PreTrainedModel) -> list[str]:
+        """As LoRA. Raises ConfigError for a layer that shares its weight, as the other would lose the principal part,
+        too."""
+        places = Counter(parameter for _, parameter in model.named_parameters(remove_duplicate=False))
+        chosen = super().choose(model)
+        for name in chosen:
+            if places[model.get_parameter(f"{name}.weight")] > 1:
+                raise ConfigError(f"tuning.targets: {name} shares its weight with another; leave it out, or use lora")
+        return chosen
 
     def initial(self, model: nn.Module, weights: Weights, world: World) -> Weights:
         """A₀ and B₀ by singular value decompositions that the ranks divide, and the base without their product."""
@@ -73,9 +79,9 @@ class Pissa(Lora):
         self._began = given
         return InitialValues(weights, given, lowered)
 
-    def adapter(self, model: nn.Module, trained: dict[str, Tensor]) -> Adapter:
+    def result(self, model: nn.Module, trained: dict[str, Tensor], initial: Weights) -> Adapter:
         """[A; A₀] and [B, -B₀], as PEFT's `path_initial_model_for_weight_conversion` gives."""
-        plain = super().adapter(model, trained)
+        plain = super().result(model, trained, initial)
         converted = dict(plain.tensors)
         for name, value in self._began.items():
             saved = name.replace(".default.", ".")
@@ -97,9 +103,9 @@ class Pissa(Lora):
                 return singular_factors(matrix, layer.rank, layer.scale)
             with torch.random.fork_rng():  # seeded by the name, so that it does not matter which rank draws
                 torch.manual_seed(int.from_bytes(hashlib.sha256(layer.name.encode()).digest()[:7], "big"))
-                left, values, right = torch.svd_lowrank(matrix, layer.rank, self._iterations)
-            root = (values / layer.scale).sqrt()
-            return Factors(root[:, None] * right.T, left * root)
+                sketched = min(layer.rank + OVERSAMPLING, *matrix.shape)
+                left, values, right = torch.svd_lowrank(matrix, sketched, self._iterations)
+            return weighted(left, values, right.T, layer.rank, layer.scale)
 
         return factors
 

@@ -68,12 +68,12 @@ class VirtualTokens(Method):
             "modules_to_save": head(model, self._task),
         }
 
-    def adapter(self, model: nn.Module, trained: dict[str, Tensor]) -> Adapter:
+    def result(self, model: nn.Module, trained: dict[str, Tensor], initial: Weights) -> Adapter:
         """The vectors themselves; the network that computes them, where there is one, goes beside them."""
         settings = settings_of(model)
         encoder = {n.removeprefix(ENCODER): tensor for n, tensor in trained.items() if n.startswith(ENCODER)}
         tensors, beside = self.vectors(settings, encoder)
-        return Adapter(settings, tensors | heads_of(model, trained), beside)
+        return Adapter(tensors | heads_of(model, trained), settings, beside)
 
     def vectors(self, settings: Any, encoder: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What PEFT reads, and what it leaves out, from the trained parameters of its prompt encoder."""
