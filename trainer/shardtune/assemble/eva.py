@@ -50,7 +50,8 @@ def _directions(
     """On the first rank; empty elsewhere."""
     model, dtype = skeleton.model.requires_grad_(False), DTYPES[config.model.dtype]
     kind = world.first_does("strategy", lambda: choose_strategy(config.strategy, model, world, dtype))
-    strategy = make_strategy(kind, model, world, dtype, config.strategy.offload, config.strategy.nvme)
+    # There is no optimizer that would need a disk.
+    strategy = make_strategy(kind, model, world, dtype, "none" if config.strategy.offload == "none" else "cpu")
     strategy.prepare(model, skeleton.weights(model, config.seed, dtype), None)
     inputs = tuning.watch(model)
     if world.is_first or strategy.in_step:
