@@ -14,9 +14,11 @@ from shardtune.errors import ConfigError
 from shardtune.layers import layer_names, layer_stacks
 from shardtune.model.skeleton import Skeleton
 from shardtune.strategy.parameters import materialize
+from shardtune.tuning.bitfit import Bitfit
 from shardtune.tuning.freeze import Freeze
 from shardtune.tuning.full import Full
 from shardtune.tuning.lora import Lora
+from shardtune.tuning.virtual_tokens import Prompt
 from skeletons import TASKS, architecture, filled, logits, saved, skeleton_of
 
 
@@ -268,3 +270,29 @@ def test_scale(tmp_path: Path) -> None:
         up.normal_()
         x = torch.randn(3, 32)
         torch.testing.assert_close(layer(x), x @ layer.base_layer.weight.T + 8 / 4 * (x @ down.T @ up.T))
+
+
+@pytest.mark.parametrize("name", ["bart", "gpt2", "roberta"])
+def test_a_normalization_layer_has_one_dtype(tmp_path: Path, name: str) -> None:
+    """Biases are trained in float32 beside frozen weights, and the model computes."""
+    skeleton = random_skeleton(tmp_path, name)
+    model = Bitfit(TASKS[name]).apply(skeleton.model)
+    materialize(model, skeleton.weights(model, 0, torch.bfloat16), torch.device("cpu"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert logits(model).isfinite().all()  # pyright: ignore[reportArgumentType]
+    assert {p.dtype for p in model.parameters() if p.dim() > 1 and not p.requires_grad} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("targets", [["score"], "score"])
+def test_a_classifiers_head_is_no_target(tmp_path: Path, targets: str | Sequence[str]) -> None:
+    skeleton = random_skeleton(tmp_path, "llama", "classification")
+    with pytest.raises(ConfigError, match=r"tuning.targets: .*score.* matches no linear layer; there are down_proj"):
+        lora(skeleton.model, "classification", targets)
+
+
+def test_prompts_of_a_model_with_names_of_its_own(tmp_path: Path) -> None:
+    """DistilBERT calls its width `dim`."""
+    skeleton = random_skeleton(tmp_path, "distilbert")
+    with skeleton.recorder:
+        tuned: Any = Prompt("classification", 3, [5]).apply(skeleton.model)
+    assert tuned.get_parameter("prompt_encoder.default.embedding.weight").shape == (3, 32)

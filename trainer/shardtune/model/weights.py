@@ -37,7 +37,7 @@ class InitialWeights:
         self._dtypes: dict[str, torch.dtype] = {}
         self._tails: dict[str, int] = {}
         self._elements: dict[str, int] = {}
-        embeddings = _embeddings(model)
+        embeddings, beside_trained = _embeddings(model), _vectors_beside_trained(model)
         for name, parameter in model.named_parameters():
             recipe = recorder.recipe(parameter)
             recipe.name = recipe.name or name
@@ -45,7 +45,8 @@ class InitialWeights:
             # A quantized parameter is read here as the values it stands for.
             shape: torch.Size = getattr(parameter, "unpacked_shape", parameter.shape)
             self._elements[name] = shape.numel()
-            self._dtypes[name] = trained_dtype if parameter.requires_grad else compute_dtype
+            as_trained = parameter.requires_grad or id(parameter) in beside_trained
+            self._dtypes[name] = trained_dtype if as_trained else compute_dtype
             entry = entries.get(recipe.name)
             if entry is not None:
                 stored = math.prod(entry.shape)
@@ -66,7 +67,7 @@ class InitialWeights:
         return [name for name, stored in self._tails.items() if stored < self._elements[name]]
 
     def dtype(self, name: str) -> torch.dtype:
-        """The method's for trained parameters, the compute dtype for frozen ones."""
+        """The method's for trained parameters and vectors beside them, the compute dtype for other frozen ones."""
         return self._dtypes[name]
 
     def buffers(self, name: str) -> dict[str, Tensor]:
@@ -92,6 +93,13 @@ def _embeddings(model: nn.Module) -> list[nn.Parameter]:
     """Parameters with a row for each token of the vocabulary."""
     modules = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if isinstance(m, nn.Module)]  # pyright: ignore
     return [parameter for module in modules for parameter in module.parameters()]
+
+
+def _vectors_beside_trained(model: nn.Module) -> set[int]:
+    """Vectors in modules of which another parameter is trained: a normalization layer's weight and bias have one
+    dtype."""
+    own = [list(module.parameters(recurse=False)) for module in model.modules()]
+    return {id(p) for some in own if any(p.requires_grad for p in some) for p in some if p.dim() < 2}
 
 
 def entries_by_parameter(

@@ -23,7 +23,8 @@ def matching(model: PreTrainedModel, task: str, targets: str | Sequence[str]) ->
 
     all-linear: every one but the output layer and a classification head; attention: those of them in attention
     modules; mlp: the others in the model's layers; a list: those with such name endings; else a regular expression
-    over whole names. Raises ConfigError where nothing matches, listing what could.
+    over whole names. A classification head, which is trained in full, is none of them. Raises ConfigError where nothing
+    matches, listing what could.
     """
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     output = model.get_output_embeddings()
@@ -33,6 +34,7 @@ def matching(model: PreTrainedModel, task: str, targets: str | Sequence[str]) ->
         for name in linear
         if model.get_submodule(name) is not output and (task != "classification" or name.startswith(base))
     ]
+    named = candidates if task == "classification" else linear  # an output layer can be asked for, by its name
     layers = tuple(f"{name}." for name in layer_names(model))
     inside = [name for name in candidates if name.startswith(layers)]
     if targets == "all-linear":
@@ -43,12 +45,12 @@ def matching(model: PreTrainedModel, task: str, targets: str | Sequence[str]) ->
         matched = [name for name in inside if not ATTENTION.search(name)]
     elif isinstance(targets, str):
         try:
-            matched = [name for name in linear if re.fullmatch(targets, name)]
+            matched = [name for name in named if re.fullmatch(targets, name)]
         except re.error as error:
             raise ConfigError(f"tuning.targets: {targets!r} is no regular expression: {error}") from None
     else:
         endings = tuple(f".{target}" for target in targets)
-        matched = [name for name in linear if f".{name}".endswith(endings)]
+        matched = [name for name in named if f".{name}".endswith(endings)]
     if not matched:
         there_are = ", ".join(sorted(_endings(candidates)))
         raise ConfigError(

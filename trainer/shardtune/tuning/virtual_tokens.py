@@ -60,7 +60,11 @@ class VirtualTokens(Method):
 
     def common(self, model: PreTrainedModel) -> dict[str, Any]:
         """Settings of all these methods."""
+        config = model.config.get_text_config()
         return {
+            # PEFT looks for these under some of the names that architectures have for them.
+            "token_dim": config.hidden_size,
+            "num_attention_heads": config.num_attention_heads,
             "task_type": PEFT_TASKS[self._task],
             "num_virtual_tokens": self._count,
             # PEFT's default for two stacks is 2, but only multitask prompts and prefixes have something for the second.
