@@ -26,6 +26,7 @@ from shardtune.model.quantized import dequantize_layers
 from shardtune.model.skeleton import keeps_logits, load_model
 from shardtune.model.tokenizer import load_tokenizer
 from shardtune.protocols import Batch, Task, Text, Tokens
+from shardtune.task.chat import Chat
 from shardtune.tuning_config import LoftqConfig
 
 EXAMPLES = 4
@@ -142,11 +143,16 @@ def _merge(config: Config, run: Path, partial: Path, choice: BaseChoice) -> str:
         logits = _logits_of(task, examples)
         tuned: Any = PeftModel.from_pretrained(base, str(folder)).eval()
         beside = logits(tuned)
+        _unwrap_heads(tuned)
         merged: Any = tuned.merge_and_unload()
+        if isinstance(task, Chat):
+            task.stop_at_turns_end(merged)
         exact = _difference(beside, logits(merged))
         _check(exact, TOLERANCES[torch.float32], f"merged into {path}, the adapter does not act as beside it", origin)
         merged.to(stored).save_pretrained(str(partial))
         tokenizer.save_pretrained(str(partial))
+        if labels:
+            shutil.copy(folder / "labels.json", partial)
         del base, tuned, merged
         gc.collect()
         written = _difference(beside, logits(load_model(str(partial), kind, torch.float32).eval()))
@@ -168,6 +174,16 @@ def _merge(config: Config, run: Path, partial: Path, choice: BaseChoice) -> str:
     if as_trained is not None:
         lines.append(f"  {as_trained}, the model as it was trained, on {bits}")
     return "\n".join(lines)
+
+
+def _unwrap_heads(tuned: nn.Module) -> None:
+    """Puts heads that were trained in full in their places; PEFT's merge takes them for single layers but with LoRA."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    for name, module in list(tuned.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            outer, _, key = name.rpartition(".")
+            setattr(tuned.get_submodule(outer), key, cast(nn.ModuleDict, module.modules_to_save)["default"])
 
 
 def _check(difference: Difference, tolerance: float, problem: str, origin: str) -> None:

@@ -154,7 +154,8 @@ class Linear8bit(QuantizedLinear):
     def dequantize(self) -> Tensor:
         """W [d_out, d_in] in the compute dtype."""
         absmax: Tensor = self._buffers["absmax"]  # pyright: ignore[reportAssignmentType]
-        return self._bytes().to(self.compute_dtype) * (absmax / 127).unsqueeze(1).to(self.compute_dtype)
+        # In place: rounded once to the compute dtype, as in bitsandbytes' product.
+        return self._bytes().to(self.compute_dtype).mul_(absmax.unsqueeze(1) * (1.0 / 127.0))
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """bitsandbytes' product: outside of training, inputs below the outliers are rounded to 8 bits as well."""

@@ -120,7 +120,7 @@ class Fsdp2:
         with self._averaged():
             for name, parameter in trained_parameters(self.model):
                 whole = cast(DTensor, parameter.detach()).full_tensor()
-                yield name, whole.cpu() if self._world.is_first else None
+                yield name, whole.cpu().float() if self._world.is_first else None
 
     def _averaged(self) -> AbstractContextManager[None]:
         return self._updates.averaged() if self._updates is not None else nullcontext()

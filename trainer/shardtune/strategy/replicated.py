@@ -91,7 +91,7 @@ class Replicated:
         with averaged(self._optimizer):
             for name, parameter in trained_parameters(self._module):
                 # A copy: outside of this the parameter may have another value.
-                yield name, parameter.detach().to("cpu", copy=True) if self._world.is_first else None
+                yield name, parameter.detach().to("cpu", torch.float32, copy=True) if self._world.is_first else None
 
     def shards(self) -> Iterator[Shard]:
         """Every rank has all of it, and takes its share."""
