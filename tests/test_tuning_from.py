@@ -245,6 +245,14 @@ def test_an_adapter_of_another_kind_of_lora(tmp_path: Path, option: str) -> None
         begun(tmp_path, "llama", {"method": "lora"})
 
 
+def test_an_adapter_whose_layers_have_ranks_of_their_own(tmp_path: Path) -> None:
+    ranks = {"0.self_attn.v_proj": 2}
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=["v_proj"], rank_pattern=ranks)
+    theirs(tmp_path / "adapter", base_of(tmp_path, "llama"), settings)
+    with pytest.raises(ConfigError, match=r"its layers have ranks of their own.*; begin from an adapter with one rank"):
+        begun(tmp_path, "llama", {"method": "lora"})
+
+
 def test_adapters_that_cannot_be_gone_on_from(tmp_path: Path) -> None:
     settings = peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     model = theirs(tmp_path / "adapter", base_of(tmp_path, "llama"), settings)

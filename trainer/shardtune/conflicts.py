@@ -90,6 +90,9 @@ def conflicts(config: Config) -> Iterator[tuple[str, str]]:
             "tuning.dtype",
             "vera's projections are stored as the model computes; use float32, or model.dtype: bfloat16",
         )
+    dtypes = getattr(config.tuning, "dtype", "float32"), model.dtype
+    if config.strategy.kind == "zero3" and dtypes == ("bfloat16", "float32"):
+        yield "tuning.dtype", "zero3 stores all weights as the model computes; use float32, or model.dtype: bfloat16"
     if config.model.layers is not None and isinstance(config.tuning, AdapterSection):
         yield "model.layers", "an adapter is loaded beside the whole model; use tuning.method: full or freeze"
     if isinstance(config.tuning, PissaConfig) and config.tuning.dropout > 0:

@@ -82,7 +82,8 @@ class AdapterSection(_StartsFrom):
     """Keys of every method whose result is an adapter beside the base model."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the trained weights are stored in; bfloat16 takes half the memory and rounds every update."""
+    """What the trained weights are stored in; bfloat16 takes half the memory and rounds every update. ZeRO
+    keeps float32 weights beside those that it computes with in any case. The result is float32."""
 
 
 class LowRankSection(AdapterSection):

@@ -17,8 +17,8 @@ from shardtune.model.safetensors_files import Entry, open_files
 from shardtune.protocols import BESIDE, Tuning, Weights
 
 MEANINGS = (
-    "use_dora", "use_rslora", "bias", "lora_bias", "rank_pattern", "alpha_pattern", "layer_replication",
-    "projection_prng_key", "decompose_both", "coft", "eps", "block_share", "use_cayley_neumann",
+    "use_dora", "use_rslora", "bias", "lora_bias", "layer_replication", "projection_prng_key", "decompose_both", "coft",
+    "eps", "block_share", "use_cayley_neumann",
 )  # fmt: skip
 """Settings of PEFT's that say what the tensors mean, and follow from the method."""
 FACTORS = ("prefix_task_cols", "prefix_task_rows")
@@ -79,6 +79,12 @@ def begin_with(
 
 
 def _same_meaning(earlier: Earlier, method: str, settings: Any) -> None:
+    if earlier.settings.get("rank_pattern") or earlier.settings.get("alpha_pattern"):
+        raise ConfigError(
+            f"{earlier.name}: its layers have ranks of their own (its rank_pattern, as adalora and eva give them), "
+            "which no method here goes on from; begin from an adapter with one rank, or export --merge this one and "
+            "give the merged model as model.path"
+        )
     ours = json.loads(json.dumps(settings.to_dict(), default=str))
     for key in MEANINGS:
         if key in earlier.settings and key in ours and (earlier.settings[key] or None) != (ours[key] or None):
