@@ -119,8 +119,9 @@ class Done:
     def logits(self, run: Run, model: Any) -> Tensor:
         rows = plain.read_rows(self.folder / "validation.jsonl")
         batch = plain.batch_of(plain.load_tokenizer(self.folder / run.model), run.task, rows)
+        bare = model.get_base_model() if isinstance(model, PeftModel) else model  # AdaLoRA's fails
         with torch.no_grad():
-            return model.eval()(**batch).logits
+            return bare.eval()(**batch).logits
 
     def predictions(self, run: Run, model: Any) -> list[str]:
         tokenizer = plain.load_tokenizer(self.folder / run.model)

@@ -52,9 +52,7 @@ def whole(
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Raises NumbersError where `tensor` is empty, or has values that are not finite."""
-    if not tensor.numel():
-        raise _wrong(f"{name} is empty")
+    """Raises NumbersError where `tensor` has values that are not finite; it may be empty, as AdaLoRA's of rank 0."""
     finite = tensor.isfinite()
     if not finite.all():
         count = int((~finite).sum())
