@@ -188,7 +188,7 @@ def train_run(config: Config, world: World, corpus: Corpus | None, command_line:
         updated = any(rate_of(step) > 0 for step in range(total_steps))
         for note in write_result(
             folder / "final", model, strategy, weights, prepared.tokenizer, prepared.labels, skeleton.stored_dtype,
-            tuning, shapes, updated, world.is_first,
+            tuning, shapes, updated, world,
         ):  # fmt: skip
             reporter.progress.say(f"warning: {note}")
     except DataError as error:  # of a stream, which every rank reads, each perhaps from a file of its own
