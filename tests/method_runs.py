@@ -17,14 +17,15 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig
 
 import plain
@@ -264,14 +265,25 @@ class Trial:
         return Verdict(case, before, after, difference, "; ".join(problems) or None)
 
     def reload(self, case: Case, loss: float) -> list[str]:
-        """What is wrong with the result of a run that ended with `loss`, read by transformers and peft alone."""
+        """What is wrong with the result of a run that ended with `loss`, read by transformers and peft alone.
+
+        peft warns of what is meant (normalization layers are tuned, positions left out, AdaLoRA's own names of ranks);
+        what is computed shows whether the result was understood.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return self._reload(case, loss)
+
+    def _reload(self, case: Case, loss: float) -> list[str]:
         try:
             model = load_plainly(self.run(case) / "final", self._model(case.model), case)
             tokenizer = plain.load_tokenizer(self.run(case) / "final")
             batch, more = plain.batch_of(tokenizer, case.task, self._rows), {}
             if case.method == "multitask_prompt":  # peft wants to be told which task each row is of
                 batch["task_ids"], more = torch.zeros(EXAMPLES, dtype=torch.long), {"task_ids": torch.zeros(1).long()}
-            reloaded = plain.evaluation_loss(model, case.task, batch)
+            # Given labels, peft's AdaLoRA adds the penalty of training, or fails where it is not trained.
+            judged = model.get_base_model() if case.method == "adalora" else model
+            reloaded = plain.evaluation_loss(judged, case.task, batch)
             written = [plain.predict(model, tokenizer, case.task, row, **more) for row in self._rows]
         except Exception as error:
             return [f"cannot be reloaded: {type(error).__name__}: {_last_line(str(error))}"]
@@ -285,7 +297,7 @@ class Trial:
         return problems if any(wanted) else [*problems, "it predicts nothing"]
 
 
-def load_plainly(folder: Path, base: Path, case: Case) -> nn.Module:
+def load_plainly(folder: Path, base: Path, case: Case) -> Any:
     """The result in `folder`, as transformers or peft loads it, in float32."""
     auto = plain.AUTO[case.task]
     if not (folder / "adapter_config.json").exists():

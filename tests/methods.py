@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from method_runs import METHODS, OTHER_MODELS, STRATEGIES, Case, Trial, Verdict, models_of
-from shardtune.assemble.run import quiet_libraries
+from shardtune.assemble.quiet import quiet_libraries
 from shardtune.text_table import table
 
 WHOLE = ["single", "ddp", "fsdp2", "zero3"]

@@ -25,7 +25,7 @@ from launching import BIN, Finished, run
 from shardtune.config_file import load_config
 from shardtune.errors import ConfigError
 from shardtune.model.quantized import quantize_layers
-from shardtune.optim import parameter_groups
+from shardtune.optim.recipe import parameter_groups
 from shardtune.protocols import Tuning, Weights
 from shardtune.quantization import Quantization
 from shardtune.strategy.parameters import materialize, parts

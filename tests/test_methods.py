@@ -58,8 +58,7 @@ def test_a_wrong_result_is_seen(case: Case, verdicts: Verdicts, trial: Trial) ->
     assert trial.reload(case, loss) == []
     file = trial.run(case) / "final" / "adapter_model.safetensors"
     tensors = load_file(file)
-    name = next(name for name in tensors if "lora_B" in name)
-    save_file({**tensors, name: tensors[name] * 1.1}, file)
+    save_file({name: tensor * 1.1 for name, tensor in tensors.items()}, file)
     problems = trial.reload(case, loss)
     save_file(tensors, file)
     assert problems

@@ -19,8 +19,9 @@ import plain
 import run_many
 import tiny
 from shardtune.assemble.data import read_texts
+from shardtune.assemble.export import export
 from shardtune.assemble.positions import check_positions
-from shardtune.assemble.trained import evaluate, export, generate
+from shardtune.assemble.trained import evaluate, generate
 from shardtune.assemble.tunings import make_tuning
 from shardtune.config_file import load_config
 from shardtune.data.tables import TokenTable
@@ -327,8 +328,14 @@ def test_results_are_judged_and_tried(done: Path, run: Run, monkeypatch: pytest.
 
 def test_virtual_tokens_are_not_merged(done: Path, tmp_path: Path) -> None:
     run = Run("llama", "prefix")
-    with pytest.raises(ConfigError, match=r"virtual tokens \(tuning.method: prefix\) stand before the text"):
-        export(load_config(config_of(done, run), []), done / "runs" / run.name, tmp_path / "out", merge=True)
+    with pytest.raises(ConfigError, match="prefix trains vectors in front of the text"):
+        export(
+            load_config(config_of(done, run), []),
+            done / "runs" / run.name,
+            tmp_path / "out",
+            merge=True,
+            base="original",
+        )
 
 
 def test_the_network_lies_beside_the_result(done: Path) -> None:

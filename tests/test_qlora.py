@@ -134,7 +134,7 @@ class Done:
         wanted = BitsAndBytesConfig(
             load_in_4bit=kind != "int8", load_in_8bit=kind == "int8", bnb_4bit_quant_type=kind.replace("int8", "nf4"),
             bnb_4bit_use_double_quant=method.get("double_quant", True), bnb_4bit_compute_dtype=torch.float32,
-            llm_int8_skip_modules=["classifier", "pooler"] if task == "classification" else None,
+            llm_int8_skip_modules=["classifier"] if task == "classification" else None,
         )  # fmt: skip
         model = plain.AUTO[task].from_pretrained(
             self.folder / which.model, quantization_config=wanted, dtype=torch.float32, device_map="cpu"

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from shardtune.assemble.parts import make_strategy
-from shardtune.assemble.run import quiet_libraries
+from shardtune.assemble.quiet import quiet_libraries
 from shardtune.layers import layer_names
 from shardtune.model.skeleton import build_skeleton, load_architecture
 from shardtune.model.weights import InitialWeights

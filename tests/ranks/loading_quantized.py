@@ -12,7 +12,7 @@ import torch
 from loading_memory import resident
 
 from shardtune.assemble.parts import make_strategy
-from shardtune.assemble.run import quiet_libraries
+from shardtune.assemble.quiet import quiet_libraries
 from shardtune.assemble.stored import stored
 from shardtune.model.quantized import QuantizedLinear, quantize_layers
 from shardtune.model.quantized_weights import QuantizedWeights

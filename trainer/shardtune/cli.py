@@ -198,7 +198,8 @@ def _train_here(options: argparse.Namespace, config: Config | None = None) -> in
         if old and world.is_first:
             print(f"{folder}: what was there is now in {old}", file=sys.stderr)
 
-        from shardtune.assemble.run import quiet_libraries, train_run
+        from shardtune.assemble.quiet import quiet_libraries
+        from shardtune.assemble.run import train_run
 
         with quiet_libraries():
             last_words = train_run(config, world, corpus, sys.argv)

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shardtune import bottleneck
 from shardtune.errors import NumbersError, StorageError
 from shardtune.protocols import BESIDE, Adapter, Strategy, Tuning, Weights
-from shardtune.result_checks import check_changes, check_finite, whole
+from shardtune.result_checks import check_changes, check_finite, held_values, whole
+from shardtune.world import World
 
 SHARD_BYTES = 5_000_000_000
 """Largest file of a model, and about what the first rank holds of it at once."""
@@ -34,7 +35,7 @@ def write_result(
     tuning: Tuning,
     shapes: Mapping[str, torch.Size],
     updated: bool,
-    is_first: bool,
+    world: World,
 ) -> list[str]:
     """Writes the result of tuning `model`, which has been prepared by `strategy`; all ranks call it.
 
@@ -43,8 +44,9 @@ def write_result(
     steps with a learning rate above 0. Returns lines to say. Raises on the first rank StorageError, or NumbersError
     where `result_checks` find the trained tensors not whole; the folder is whole or absent.
     """
+    held = held_values(strategy, shapes, world)
     trained = strategy.full_trained()
-    if not is_first:
+    if not world.is_first:
         for _ in trained:
             pass
         return []
@@ -52,7 +54,7 @@ def write_result(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        present = whole(((name, cast(Tensor, tensor)) for name, tensor in trained), shapes)
+        present = whole(((name, cast(Tensor, tensor)) for name, tensor in trained), shapes, held)
         if tuning.makes_adapter:
             tensors = dict(present)
             notes = check_changes(tensors, weights, updated)

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from shardtune import bottleneck
 from shardtune.assemble.loading import base_model, load_result
-from shardtune.assemble.parts import DTYPES, make_task
-from shardtune.assemble.run import quiet_libraries, saved_labels
+from shardtune.assemble.parts import DTYPES, make_task, saved_labels
+from shardtune.assemble.quiet import quiet_libraries
 from shardtune.assemble.tunings import quantization_of
 from shardtune.config import Config
 from shardtune.errors import ConfigError, NumbersError, StorageError

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shardtune.assemble.parts import DTYPES, saved_labels
-from shardtune.assemble.run import name_labels
+from shardtune.assemble.prepared import name_labels
 from shardtune.assemble.tunings import quantization_of
 from shardtune.config import Config
 from shardtune.errors import ConfigError

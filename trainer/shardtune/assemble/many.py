@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shardtune.assemble.data import read_texts
-from shardtune.assemble.run import quiet_libraries, train_run
+from shardtune.assemble.quiet import quiet_libraries
+from shardtune.assemble.run import train_run
 from shardtune.config_file import load_config
 from shardtune.data.corpus import Corpus
 from shardtune.exit_codes import guarded

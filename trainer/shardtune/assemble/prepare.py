@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 
 from shardtune.assemble.parts import BATCHINGS, make_budget
-from shardtune.assemble.run import Prepared, prepare, quiet_libraries
+from shardtune.assemble.prepared import Prepared, prepare
+from shardtune.assemble.quiet import quiet_libraries
 from shardtune.assemble.steps import describe_sources, make_order
 from shardtune.config import Config
 from shardtune.data.corpus import Corpus

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from shardtune.assemble.loading import load_result
 from shardtune.assemble.parts import DTYPES, judged_at_once, make_task, metric_names, of_tasks, saved_labels
-from shardtune.assemble.run import evaluated_splits, prepare, quiet_libraries
+from shardtune.assemble.prepared import evaluated_splits, prepare
+from shardtune.assemble.quiet import quiet_libraries
 from shardtune.config import ClassificationConfig, Config
 from shardtune.data.corpus import Corpus
 from shardtune.errors import ConfigError

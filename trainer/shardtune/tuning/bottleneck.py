@@ -110,10 +110,10 @@ def _ends(model: PreTrainedModel, layer: str, width: int, attention: bool) -> li
         if isinstance(module, nn.Linear | Conv1D):
             parts.setdefault(_attention_part(name), []).append(name)
     problem = None
-    if any(parameter.dim() > 2 for parameter in block.parameters()):
-        problem = "a mixture of experts"
-    elif attention and len(parts) == 1:
+    if attention and len(parts) == 1:
         problem = "no attention"
+    elif any(parameter.dim() > 2 for parameter in block.parameters()):
+        problem = "weights of more than two dimensions, as a mixture of experts has"
     ends = []
     for part, linear in parts.items():
         if part and not attention:

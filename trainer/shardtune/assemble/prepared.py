@@ -1,0 +1,151 @@
+"""What every rank knows before the weights are loaded: architecture, tokenizer, tokenized examples."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from shardtune.assemble.parts import (
+    is_chat,
+    make_task,
+    saved_labels,
+)
+from shardtune.assemble.positions import check_positions
+from shardtune.config import Config
+from shardtune.conversations import contents
+from shardtune.data.corpus import Corpus
+from shardtune.data.tables import TokenTable, cache_folder, fingerprint, open_table, write_table
+from shardtune.errors import DataError
+from shardtune.evaluation import Split
+from shardtune.model.skeleton import load_architecture, set_dropout
+from shardtune.model.tokenizer import fit_config, identity, load_tokenizer, train_tokenizer
+from shardtune.protocols import Task, Text
+from shardtune.task.chat_template import set_template
+from shardtune.world import World
+
+ENCODED_AT_ONCE = 4096
+"""Texts handed to the tokenizer together; it spreads them over the processor's cores."""
+
+
+@dataclass
+class Prepared:
+    """What every rank knows before the weights are loaded."""
+
+    architecture: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    labels: list[str]
+    tables: dict[str, TokenTable]
+    train_counts: list[int]
+    """How many training examples are from each source."""
+    corpus: Corpus | None
+    """What is known of the texts, on the first rank."""
+
+
+def prepare(config: Config, world: World, corpus: Corpus | None, result: Path | None = None) -> Prepared:
+    """Architecture, tokenizer and tokenized examples; what takes long is done once, on the first rank.
+
+    With a `result`'s folder its tokenizer and labels are used, whatever the data would give today.
+    """
+    task_kind, trust = config.task.kind, config.model.trust_remote_code
+    architecture = load_architecture(config.model.path, task_kind, trust)
+    if config.model.dropout is not None:
+        set_dropout(architecture, config.model.dropout)
+    given = config.model.tokenizer
+    newly_trained = given is not None and given.startswith("train:")
+    side = config.task.truncation_side
+    source = given or config.model.path
+    if result is not None:
+        source = str(result)
+    elif newly_trained:
+        source = world.first_does("tokenizer", lambda: _trained_tokenizer(config, corpus))
+    tokenizer = load_tokenizer(source, side, trust)
+    fit_config(architecture, tokenizer, newly_trained)
+    labels: list[str] = []
+    if task_kind == "classification":
+        labels = saved_labels(result) if result is not None else world.first_does("labels", lambda: _labels(corpus))
+        name_labels(architecture, labels)
+    check_positions(config, architecture)
+    if is_chat(config.task) and result is None:  # a result's tokenizer has the template
+        set_template(tokenizer, getattr(config.task, "template", None))
+    task = make_task(config.task, config.model.path, tokenizer, architecture, labels)
+    folders = world.first_does("tables", lambda: _tokenize(config, task, tokenizer, labels, corpus))
+    counts = world.first_does(
+        "sources", lambda: {"train": corpus.train_counts, **corpus.judged_counts} if corpus is not None else {}
+    )
+    tables = {}
+    for name, folder in folders.items():
+        table = open_table(Path(folder))
+        if table is None:
+            raise DataError(f"{folder}: the tokenized {name} split is not there; do all nodes see this folder?")
+        table.counts = counts.get(name, ())
+        tables[name] = table
+    return Prepared(architecture, tokenizer, task, labels, tables, counts["train"], corpus)
+
+
+def name_labels(architecture: PreTrainedConfig, labels: Sequence[str]) -> None:
+    """Gives the model a head of one output for each label, by their names."""
+    architecture.num_labels = len(labels)
+    architecture.id2label = dict(enumerate(labels))
+    architecture.label2id = {label: index for index, label in enumerate(labels)}
+
+
+def evaluated_splits(prepared: Prepared, limit: int) -> list[Split]:
+    """Validation and test, those of them that have examples."""
+    found = []
+    for name in ("validation", "test"):
+        table = prepared.tables.get(name)
+        if table is not None and len(table):
+            texts = prepared.corpus.judged[name] if prepared.corpus is not None else []
+            found.append(Split(name, table, min(len(table), limit), texts))
+    return found
+
+
+def _trained_tokenizer(config: Config, corpus: Corpus | None) -> str:
+    assert corpus is not None
+    assert config.model.tokenizer is not None
+    pieces = int(config.model.tokenizer.removeprefix("train:"))
+    key = fingerprint("tokenizer", 1, corpus.fingerprint, pieces, config.task.kind)
+    folder = cache_folder() / "tokenizers" / key
+    if not (folder / "tokenizer.json").exists():
+        partial = folder.with_name(f"{key}.{os.getpid()}")
+        parts = contents if is_chat(config.task) else lambda source, target: [source, target]
+        texts = [text for example in corpus.splits().train for text in parts(example.source, example.target)]
+        train_tokenizer(texts, pieces, config.task.kind, partial)
+        if folder.exists():
+            return str(folder)
+        partial.rename(folder)
+    return str(folder)
+
+
+def _labels(corpus: Corpus | None) -> list[str]:
+    assert corpus is not None
+    labels = corpus.labels
+    if len(labels) < 2:
+        raise DataError(f"every training example has the label {labels[0]!r}; there is nothing to tell apart")
+    return labels
+
+
+def _tokenize(
+    config: Config, task: Task, tokenizer: PreTrainedTokenizerBase, labels: list[str], corpus: Corpus | None
+) -> dict[str, str]:
+    """Token tables of all splits, from the cache where they are there. Split -> folder."""
+    assert corpus is not None
+    settings = config.task.model_dump(include={"kind", "max_source_tokens", "max_target_tokens", "text"})
+    if is_chat(config.task):  # the template's text, for a file can change under its name; tools are in the sources
+        settings["chat_template"] = tokenizer.chat_template
+    folders = {}
+    tokenizer_identity = identity(tokenizer)  # before tokenizing, which leaves its settings in the tokenizer
+    for name in ("validation", "test") if config.data.streaming else ("train", "validation", "test"):
+        key = fingerprint("tokens", 1, corpus.fingerprint, name, settings, labels, tokenizer_identity)
+        folder = cache_folder() / "tokens" / key
+        if open_table(folder) is None:
+            texts: list[Text] = getattr(corpus.splits(), name)
+            pieces = (texts[start : start + ENCODED_AT_ONCE] for start in range(0, len(texts), ENCODED_AT_ONCE))
+            write_table(folder, (encoded for piece in pieces for encoded in task.encode(piece)))
+        folders[name] = str(folder)
+    return folders

@@ -1,0 +1,99 @@
+"""The model of a run with its tuning method, on the meta device, and the values it starts from."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from shardtune import bottleneck
+from shardtune.assemble.begin_with import begin_with
+from shardtune.assemble.earlier import folder_of
+from shardtune.assemble.eva import observe_inputs
+from shardtune.assemble.parts import DTYPES, of_tasks, task_notes
+from shardtune.assemble.positions import longest_row
+from shardtune.assemble.prepared import Prepared
+from shardtune.assemble.tunings import make_tuning
+from shardtune.config import Config
+from shardtune.errors import ConfigError
+from shardtune.model.dropout import quicken_dropout
+from shardtune.model.packed_attention import keep_apart
+from shardtune.model.quantized import quantize_layers
+from shardtune.model.quantized_weights import QuantizedWeights
+from shardtune.model.skeleton import Skeleton, build_skeleton
+from shardtune.protocols import Tuning, Weights
+from shardtune.task.chat import Chat
+from shardtune.tuning.eva import Eva
+from shardtune.world import World
+
+
+class Tuned(NamedTuple):
+    """All that a strategy needs to place and fill the model, and what is to be said of it."""
+
+    skeleton: Skeleton
+    tuning: Tuning
+    model: nn.Module
+    """The skeleton's model after the method was applied."""
+    weights: Weights
+    shapes: dict[str, torch.Size]
+    """Of the trained parameters, before they are split."""
+    notes: list[str]
+
+
+def tuned_model(config: Config, world: World, prepared: Prepared) -> Tuned:
+    """Builds the model and applies `tuning.method`; all ranks call it.
+
+    Raises ConfigError where the method does not fit the model.
+    """
+    sources = [source.path for source in config.data.sources]
+    tuning = make_tuning(config.tuning, config.task.kind, prepared.tokenizer, sources, config.seed)
+    build = functools.partial(make_skeleton, config, prepared, config.model.path, config.model.weights == "pretrained")
+    if isinstance(tuning, Eva):
+        observe_inputs(tuning, config, world, build, prepared.task, prepared.tables["train"], prepared.train_counts)
+    skeleton = build()
+    if isinstance(prepared.task, Chat):
+        prepared.task.stop_at_turns_end(skeleton.model)
+    prepared.task = of_tasks(config, prepared.task)
+    dtype = DTYPES[config.model.dtype]
+    if hasattr(prepared.architecture, bottleneck.SETTINGS) and (tuning.makes_adapter or tuning.quantization):
+        raise ConfigError(
+            f"tuning.method: {config.model.path} has bottleneck adapters, beside which PEFT's do not work; tune it by "
+            "adapter, bitfit, freeze or full"
+        )
+    if tuning.quantization is not None:
+        quantize_layers(
+            skeleton.model, config.task.kind, skeleton.recorder, tuning.quantization, dtype, config.model.path
+        )
+    with skeleton.recorder:
+        model = tuning.apply(skeleton.model)
+    if config.model.recompute == "full":
+        skeleton.model.gradient_checkpointing_enable({"use_reentrant": False})
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
+    initial = skeleton.weights(model, config.seed, dtype, tuning.trained_dtype)
+    if tuning.makes_adapter and initial.grown:
+        raise ConfigError(
+            f"model.tokenizer: has {len(prepared.tokenizer):,} tokens, more than {config.model.path}; an adapter would "
+            "not hold the new ones. Use tuning.method: full, or the model's own tokenizer"
+        )
+    weights, notes = tuning.initial(model, initial, world), [*tuning.notes(), *task_notes(config)]
+    if (earlier := folder_of(config)) is not None:
+        weights, taken = begin_with(earlier, config.tuning.method, tuning, model, weights, prepared.labels)
+        notes += taken
+    if tuning.quantization is not None:
+        weights = QuantizedWeights(model, weights, world.device, world.largest)
+    return Tuned(skeleton, tuning, model, weights, shapes, notes)
+
+
+def make_skeleton(config: Config, prepared: Prepared, path: str, pretrained: bool) -> Skeleton:
+    """The model on the meta device."""
+    model = config.model
+    skeleton = build_skeleton(
+        prepared.architecture, path, config.task.kind, pretrained, model.attention, model.layers,
+        model.trust_remote_code,
+    )  # fmt: skip
+    quicken_dropout(skeleton.model)
+    if config.data.batching == "packed":
+        keep_apart(skeleton.model, path, longest_row(config), flash=model.attention == "flash_attention_2")
+    return skeleton
