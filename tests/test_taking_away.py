@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import bitsandbytes
+import bitsandbytes.functional as bnb
 import pytest
 import torch
 from bitsandbytes.autograd._functions import MatMul8bitFp
@@ -27,7 +28,7 @@ SEED = random.SystemRandom().randrange(2**31)
 def test_int8_weights_are_those_that_bitsandbytes_computes_with(dtype: torch.dtype) -> None:
     torch.manual_seed(SEED)
     ins, outs = 4 * random.Random(SEED).randint(1, 40), random.Random(SEED + 1).randint(1, 60)
-    stored, scales, _ = bitsandbytes.functional.int8_vectorwise_quant(torch.randn(outs, ins).half())
+    stored, scales, _ = bnb.int8_vectorwise_quant(torch.randn(outs, ins).half())
     layer = Linear8bit(nn.Linear(ins, outs, bias=False, device="meta"), dtype, "layer")
     layer.weight = nn.Parameter(stored.view(torch.uint8).view(-1).view(dtype).view(-1, 1), requires_grad=False)
     layer._buffers["absmax"] = scales.float()
