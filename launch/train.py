@@ -3,6 +3,7 @@
 import sys
 
 from shardtune.cli import train_as_rank
+from shardtune.exit_codes import leave
 
 if __name__ == "__main__":
-    sys.exit(train_as_rank(sys.argv[1:]))
+    leave(train_as_rank(sys.argv[1:]))

@@ -295,6 +295,18 @@ def test_without_predictions_random_tokens_are_compared(done: Done, export: Expo
         shutil.rmtree(out)
 
 
+def test_an_adapter_that_lacks_a_tensor(done: Done, export: Export, tmp_path: Path) -> None:
+    """peft only warns, and then base would be compared with base."""
+    run = shutil.copytree(done.path(MERGED[0]), tmp_path / "run")
+    file = run / "final" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    del tensors[min(tensors)]
+    save_file(tensors, file, metadata={"format": "pt"})
+    code, out, said = export(run, "--merge")
+    assert (code, out.exists()) == (2, False), said
+    assert "the adapter is not whole: Found missing adapter keys" in said
+
+
 def test_the_folder_is_there_already(done: Done, export: Export) -> None:
     (export.folder / "out").mkdir()
     code, out, said = export(done.path(MERGED[0]), "--merge")

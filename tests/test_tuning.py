@@ -201,6 +201,12 @@ def test_targets(tmp_path: Path, name: str, targets: str | list[str], count: int
     assert len(adapted(lora(random_skeleton(tmp_path, name).model, TASKS[name], targets))) == count
 
 
+def test_one_of_several_matches_nothing(tmp_path: Path) -> None:
+    model = random_skeleton(tmp_path, "llama").model
+    with pytest.raises(ConfigError, match=r"tuning.targets: 'v_porj' matches no linear layer; did you mean v_proj\?"):
+        lora(model, "causal", ["q_proj", "v_porj"])
+
+
 @pytest.mark.parametrize(
     ("name", "targets", "kinds"),
     [

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import shardtune
 from shardtune.errors import ConfigError
-from shardtune.exit_codes import guarded
+from shardtune.exit_codes import guarded, leave
 
 if TYPE_CHECKING:
     from shardtune.config import Config
@@ -356,4 +356,4 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(train_as_rank(sys.argv[1:]))  # a rank that `shardtune train` spawned
+    leave(train_as_rank(sys.argv[1:]))  # a rank that `shardtune train` spawned

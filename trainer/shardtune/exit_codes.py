@@ -8,9 +8,10 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
 from shardtune.errors import ConfigError, FailedElsewhere, NumbersError, ShardtuneError, StorageError
-from shardtune.world import launched_local_rank, launched_rank
+from shardtune.world import launched_local_rank, launched_rank, launched_ranks
 
 FOUND_BY_ALL = (ConfigError, NumbersError)
 """Errors that every rank of a machine runs into; one of them says it."""
@@ -29,6 +30,7 @@ def guarded(work: Callable[[], int]) -> int:
     if not log.handlers:
         log.addHandler(logging.StreamHandler())  # plain lines on standard error
         log.setLevel(logging.INFO)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import it says which kernels it does without
     try:
         return work()
     except FailedElsewhere as error:
@@ -43,6 +45,20 @@ def guarded(work: Callable[[], int]) -> int:
         if error.errno in STORAGE_ERRORS:
             return _failed(StorageError(f"{error.filename or 'storage'}: {error.strerror}"))
         raise
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process with an exit code.
+
+    One of several ranks ends at once: threads of the collectives may still release tensors, which fails in the middle
+    of the interpreter's own end ("terminate called without an active exception") and would take the code's place.
+    """
+    if (launched_ranks() or 1) > 1:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _failed(error: ShardtuneError) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shardtune import bottleneck
-from shardtune.assemble.loading import base_model, load_result
+from shardtune.assemble.loading import base_model, load_result, with_adapter
 from shardtune.assemble.parts import DTYPES, make_task, saved_labels
 from shardtune.assemble.quiet import quiet_libraries
 from shardtune.assemble.tunings import quantization_of
@@ -123,8 +123,6 @@ def _check_mergeable(config: Config, folder: Path, base: BaseChoice) -> None:
 
 def _merge(config: Config, run: Path, partial: Path, choice: BaseChoice) -> str:
     """Writes the merged model to `partial`; one model is held at a time. Returns what was done."""
-    from peft import PeftModel
-
     folder = run / "final"
     kind, path = config.task.kind, config.model.path
     quantization = quantization_of(config.tuning)
@@ -141,7 +139,7 @@ def _merge(config: Config, run: Path, partial: Path, choice: BaseChoice) -> str:
         task = make_task(config.task, path, tokenizer, base.config, labels)
         examples, origin = _examples(run, task, base, is_classifier=bool(labels))
         logits = _logits_of(task, examples)
-        tuned: Any = PeftModel.from_pretrained(base, str(folder)).eval()
+        tuned: Any = with_adapter(base, folder).eval()
         beside = logits(tuned)
         _unwrap_heads(tuned)
         merged: Any = tuned.merge_and_unload()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,12 +34,25 @@ def load_result(config: Config, folder: Path, tokenizer: PreTrainedTokenizerBase
         if not (folder / "config.json").exists():
             raise ConfigError(f"{folder}: holds neither a model nor an adapter")
         return load_model(str(folder), config.task.kind, dtype)
-    from peft import PeftModel
-
     base, _ = base_model(config, folder, tokenizer, dtype, quantization_of(config.tuning))
-    model = PeftModel.from_pretrained(base, str(folder))
+    model = with_adapter(base, folder)
     put_in_front(model)
     return model
+
+
+def with_adapter(base: PreTrainedModel, folder: Path) -> Any:
+    """The base with the adapter of `folder` beside it.
+
+    Raises ConfigError where the file lacks a tensor of the adapter, of which peft only warns.
+    """
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*missing adapter keys")
+        try:
+            return PeftModel.from_pretrained(base, str(folder))
+        except UserWarning as lacking:
+            raise ConfigError(f"{folder}: the adapter is not whole: {lacking}") from None
 
 
 def base_model(

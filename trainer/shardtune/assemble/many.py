@@ -16,7 +16,7 @@ from shardtune.assemble.quiet import quiet_libraries
 from shardtune.assemble.run import train_run
 from shardtune.config_file import load_config
 from shardtune.data.corpus import Corpus
-from shardtune.exit_codes import guarded
+from shardtune.exit_codes import guarded, leave
 from shardtune.world import World, join_world
 
 
@@ -50,4 +50,4 @@ def _train_each(files: Sequence[str], world: World) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: train_many(sys.argv[1:])))
+    leave(guarded(lambda: train_many(sys.argv[1:])))

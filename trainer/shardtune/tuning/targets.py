@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from difflib import get_close_matches
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -51,6 +52,11 @@ def matching(model: PreTrainedModel, task: str, targets: str | Sequence[str]) ->
     else:
         endings = tuple(f".{target}" for target in targets)
         matched = [name for name in named if f".{name}".endswith(endings)]
+        missing = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in named)]
+        if matched and missing:
+            near = get_close_matches(missing[0], _endings(candidates), 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"tuning.targets: {missing[0]!r} matches no linear layer{hint}")
     if not matched:
         there_are = ", ".join(sorted(_endings(candidates)))
         raise ConfigError(
