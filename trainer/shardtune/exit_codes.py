@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from shardtune.errors import ConfigError, FailedElsewhere, NumbersError, ShardtuneError, StorageError
+from shardtune.errors import ConfigError, FailedElsewhere, NumbersError, RankError, ShardtuneError, StorageError
 from shardtune.world import launched_local_rank, launched_rank, launched_ranks
 
 FOUND_BY_ALL = (ConfigError, NumbersError)
@@ -53,7 +53,7 @@ def leave(code: int) -> NoReturn:
     One of several ranks ends at once: threads of the collectives may still release tensors, which fails in the middle
     of the interpreter's own end ("terminate called without an active exception") and would take the code's place.
     """
-    if (launched_ranks() or 1) > 1:
+    if (launched_ranks() or 1) > 1 and code != RankError.exit_code:  # that one lets the launcher name the rank first
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
