@@ -61,7 +61,7 @@ QUANTIZATION = BitsAndBytesConfig(
 STEPS, EXAMPLES = 12, 8
 RATES = {
     "full": 3e-3, "freeze": 3e-3, "lora+": 1e-3, "rslora": 3e-3, "bitfit": 3e-2, "ln_tuning": 3e-2, "ia3": 1e-1,
-    "vera": 1e-1, "prefix": 1e-1, "prompt": 3e-1, "multitask_prompt": 1e-1, "p_tuning": 2e-2,
+    "vera": 1e-1, "prefix": 1e-1, "prompt": 3e-1, "multitask_prompt": 3e-2, "p_tuning": 2e-2,
 }  # fmt: skip
 RATE = 1e-2
 EPS = 1e-4

@@ -52,9 +52,9 @@ class Ia3(PeftAdapter):
         if self._targets is not None:
             matched = matching(model, self._task, self._targets)
         elif known is not None:
-            matched = matching(model, self._task, known)
+            matched = matching(model, self._task, known, each=False)
         else:
-            matched = [*matching(model, self._task, KEYS_AND_VALUES), *_last_feedforward(model, self._task)]
+            matched = [*matching(model, self._task, KEYS_AND_VALUES, each=False), *_last_feedforward(model, self._task)]
         if self._feedforward is not None:
             feedforward = _chosen(matched, self._feedforward)
         elif self._targets is None and known is not None:

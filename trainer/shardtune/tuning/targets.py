@@ -19,13 +19,13 @@ ATTENTION = re.compile(r"att(entio)?n", re.IGNORECASE)
 """Found in the names of attention modules of all architectures: self_attn, SelfAttention, attention.output, attn."""
 
 
-def matching(model: PreTrainedModel, task: str, targets: str | Sequence[str]) -> list[str]:
+def matching(model: PreTrainedModel, task: str, targets: str | Sequence[str], each: bool = True) -> list[str]:
     """Names of the linear layers (nn.Linear, or GPT-2's Conv1D) that `targets` means.
 
     all-linear: every one but the output layer and a classification head; attention: those of them in attention
     modules; mlp: the others in the model's layers; a list: those with such name endings; else a regular expression
     over whole names. A classification head, which is trained in full, is none of them. Raises ConfigError where nothing
-    matches, listing what could.
+    matches, listing what could, or, unless `each` is false, where one name ending of several does not.
     """
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     output = model.get_output_embeddings()
@@ -53,7 +53,7 @@ def matching(model: PreTrainedModel, task: str, targets: str | Sequence[str]) ->
         endings = tuple(f".{target}" for target in targets)
         matched = [name for name in named if f".{name}".endswith(endings)]
         missing = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in named)]
-        if matched and missing:
+        if matched and missing and each:
             near = get_close_matches(missing[0], _endings(candidates), 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(f"tuning.targets: {missing[0]!r} matches no linear layer{hint}")
