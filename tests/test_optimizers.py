@@ -100,7 +100,8 @@ def farthest(got: list[float], wanted: list[float]) -> float:
 def distance(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     """The largest relative norm of a tensor's difference."""
     assert got.keys() == wanted.keys()
-    return max(float((got[n].double() - wanted[n].double()).norm() / wanted[n].double().norm()) for n in wanted)
+    whole = [name for name, tensor in wanted.items() if tensor.numel()]  # a layer's rank may have fallen to 0
+    return max(float((got[n].double() - wanted[n].double()).norm() / wanted[n].double().norm()) for n in whole)
 
 
 # ----------------------------------------------------------------------------------------- layouts
