@@ -219,20 +219,25 @@ class DurationConfig(Section):
     """Passes over the training data (1.5 is one and a half)."""
     steps: Annotated[int, Field(ge=0)] | None = None
     """Optimizer steps; 0 writes the result without training."""
+    minutes: Annotated[float, Field(gt=0.0)] | None = None
+    """Minutes since the first step, evaluating and saving included; the learning rate falls with them."""
+
+
+EVERY = r"^[0-9]*[1-9][0-9]*(s|m|h)$"
 
 
 class CheckpointConfig(Section):
-    """Saving during the run. This version writes only the final result, and says so at the start."""
+    """What is saved during the run, so that it can go on after anything; also once at the end."""
 
-    every: Positive = 500
-    """Steps between two checkpoints."""
+    every: Positive | Annotated[str, Field(pattern=EVERY)] = 500
+    """Steps between two checkpoints; or time: 30s, 10m, 2h."""
     keep: Positive = 3
-    """How many checkpoints are kept."""
+    """How many are kept; older ones are removed when a newer one has been verified."""
     background: bool = True
-    """Write while training goes on."""
-    resume: Literal["auto", "never"] = "auto"
-    """auto: a finished run says so and exits, an unfinished one starts over; never: the old folder is set
-    aside and the run starts anew."""
+    """Write while training goes on; it stops only to copy what is saved."""
+    resume: Annotated[str, Field(min_length=1)] = "auto"
+    """auto: go on from the newest good checkpoint of the run's folder, begin where there is none; never: set an old
+    folder aside and begin anew; a path: go on from that checkpoint."""
 
 
 MetricName = Literal["rouge", "bleu", "chrf", "exact_match", "accuracy", "macro_f1", "perplexity"]

@@ -22,9 +22,6 @@ from shardtune.optimizer_config import keys_of_optimizer
 
 COMMAND_LINE = "command line"
 
-# Keys and values that are planned: naming them is no typing error, so it deserves its own words.
-NOT_YET = {"duration.minutes"}
-
 
 class Yaml12Loader(yaml.SafeLoader):
     """Scalars as people mean them (YAML 1.2, core schema): 1e-5 is a number, off and no are strings."""
@@ -325,8 +322,6 @@ def _without_tags(location: tuple[int | str, ...]) -> tuple[str, ...]:
 
 def _unknown_key(key: tuple[str, ...], source: Source) -> str:
     name = ".".join(key)
-    if name in NOT_YET:
-        return "this version does not have this key yet; leave it out"
     known = keys_of(Config, source.values)
     siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == ".".join(key[:-1])]
     here = difflib.get_close_matches(key[-1], siblings, 1, 0.75)

@@ -68,8 +68,11 @@ def conflicts(config: Config) -> Iterator[tuple[str, str]]:
                 f"{model.attention} does not keep packed examples apart; use auto, sdpa or flash_attention_2",
             )
     yield from _memory_conflicts(config)
-    if (config.duration.epochs is None) == (config.duration.steps is None):
-        yield "duration", "give exactly one of duration.epochs and duration.steps"
+    duration = config.duration
+    if [duration.epochs, duration.steps, duration.minutes].count(None) != 2:
+        yield "duration", "give exactly one of duration.epochs, duration.steps and duration.minutes"
+    if duration.minutes is not None and isinstance(config.tuning, AdaloraConfig):
+        yield "duration.minutes", "adalora's ranks fall at shares of the steps, whose number must be known; give steps"
     if model.tokenizer and model.tokenizer.startswith("train:"):
         pieces = model.tokenizer.removeprefix("train:")
         if not (pieces.isascii() and pieces.isdigit()) or int(pieces) < 300:
@@ -213,7 +216,7 @@ def _stream_conflicts(config: Config) -> Iterator[tuple[str, str]]:
     key, duration = "data.streaming", config.duration
     if config.task.kind == "classification":
         yield key, "a classifier's labels must all be known before the first step; leave data.streaming out"
-    if duration.epochs is not None and duration.steps is None:
+    if duration.epochs is not None:
         yield "duration.steps", "a stream's length is not known, so give duration.steps in place of duration.epochs"
     if (config.model.tokenizer or "").startswith("train:"):
         yield "model.tokenizer", "train:N reads all texts before the first step, which a stream does not allow"

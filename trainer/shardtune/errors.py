@@ -21,6 +21,12 @@ class DataError(ShardtuneError):
     exit_code = 3
 
 
+class CheckpointError(ShardtuneError):
+    """A checkpoint is damaged or does not fit, and no older good one serves."""
+
+    exit_code = 4
+
+
 class NumbersError(ShardtuneError):
     """The loss or the gradients are not finite."""
 
@@ -37,6 +43,12 @@ class StorageError(ShardtuneError):
     """Storage is full or cannot be written."""
 
     exit_code = 7
+
+
+class Stopped(ShardtuneError):
+    """Stopped by a signal after saving; started again, the run goes on."""
+
+    exit_code = 75
 
 
 class FailedElsewhere(ShardtuneError):

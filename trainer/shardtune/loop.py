@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 
-from shardtune.data.steps import StepSource
-from shardtune.errors import NumbersError
+from shardtune.data.steps import Step, StepSource
+from shardtune.errors import DataError, NumbersError
 from shardtune.protocols import Strategy, Task
 from shardtune.state import TrainingState
 from shardtune.world import World
@@ -28,6 +30,18 @@ class StepReport(NamedTuple):
     data_seconds: float
 
 
+class Boundary(Protocol):
+    """What the ranks agree on between two steps: whether to save, to stop, to go on."""
+
+    def asks(self, failure: DataError | None) -> list[float]:
+        """What this rank asks for; `failure`: why it has no data for the next step. The loop sums it over ranks."""
+        ...
+
+    def agreed(self, asked: list[float]) -> bool:
+        """Acts on the sums, on every rank alike. False: no further step. Raises ShardtuneError to end the run."""
+        ...
+
+
 def train(
     state: TrainingState,
     total_steps: int,
@@ -35,22 +49,28 @@ def train(
     task: Task,
     strategy: Strategy,
     world: World,
-    learning_rate: Callable[[int], float],
+    learning_rate: Callable[[TrainingState], float],
     clip_scale: Callable[[float], float],
+    boundary: Boundary,
     after_step: Callable[[StepReport], None],
 ) -> None:
     """Trains from `state` to `total_steps` optimizer steps; `after_step` logs and evaluates when that is due.
 
     A step's loss is the sum over all its targets, on all ranks and in all micro-batches, divided by their number;
     they are counted before the backward pass, so that gradients do not depend on the layout.
-    Raises NumbersError before a step whose loss or gradient is not finite.
+    Raises NumbersError before a step whose loss or gradient is not finite, and what `boundary` raises.
     """
+    earlier, started = state.seconds, time.perf_counter()
     while state.step < total_steps:
         begun = time.perf_counter()
-        step = steps.at(state.epoch, state.cursor)
+        step, failure = _next(steps, state)
         counts = [[float(b.targets), float(b.tokens), float(b.slots)] for b in step.micro_batches]
         waited = time.perf_counter() - begun
-        targets, tokens, slots = world.sum([sum(column) for column in zip(*counts, strict=True)])
+        clock = earlier + begun - started if world.is_first else 0.0
+        own = [sum(column) for column in zip([0.0, 0.0, 0.0], *counts, strict=True)]
+        targets, tokens, slots, state.seconds, *asked = world.sum([*own, clock, *boundary.asks(failure)])
+        if not boundary.agreed(asked):
+            return
 
         loss_sum = torch.zeros((), device=world.device)
         for index, micro_batch in enumerate(step.micro_batches):
@@ -66,7 +86,7 @@ def train(
                 f"Its examples are rows {', '.join(map(str, step.examples[:16]))}{' …' * (len(step.examples) > 16)} "
                 "of the training data; a lower optimizer.lr may help, or model.dtype=float32 if it is another"
             )
-        lr = learning_rate(state.step)
+        lr = learning_rate(state)
         strategy.step(lr, clip_scale(grad_norm))
 
         state.step += 1
@@ -76,5 +96,19 @@ def train(
         state.examples += len(step.examples)
         state.tokens += int(tokens)
         state.target_tokens += int(targets)
+        state.digest = _chained(state.digest, step)
         seconds = time.perf_counter() - begun
         after_step(StepReport(loss, grad_norm, lr, int(tokens), 1 - tokens / slots, seconds, waited))
+
+
+def _next(steps: StepSource, state: TrainingState) -> tuple[Step, DataError | None]:
+    """A step of nothing where there is no data for it: other ranks must learn that before they compute."""
+    try:
+        return steps.at(state.epoch, state.cursor), None
+    except DataError as error:
+        return Step(np.zeros(0, np.int64), [], False), error
+
+
+def _chained(digest: str, step: Step) -> str:
+    """SHA-256 of the digest so far and the step's examples, its first 16 hexadecimal digits."""
+    return hashlib.sha256(digest.encode() + step.examples.astype("<i8").tobytes()).hexdigest()[:16]

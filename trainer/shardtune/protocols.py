@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:  # so that reading and checking data does not wait for torch
     import numpy as np
@@ -128,6 +128,50 @@ class Shard(NamedTuple):
     """Of the step, 1-D, as long as `value`; there from the step's last `backward` to its `step`."""
 
 
+VALUE = ""
+"""`Piece.what` of the parameter itself."""
+
+
+class Piece(NamedTuple):
+    """This rank's part of a tensor that a checkpoint keeps: of a parameter, or of what belongs to it.
+
+    Every element of a tensor is in the piece of one rank, in one range of the flattened tensor.
+    """
+
+    name: str
+    """The parameter's, as the tuned model has it."""
+    what: str
+    """VALUE, or what the optimizer or the tuning method calls it, such as exp_avg."""
+    shape: tuple[int, ...]
+    """Of the whole tensor; () of a number."""
+    start: int
+    """Where the part begins in the flattened tensor."""
+    values: Tensor
+    """1-D, contiguous, on any device, in the dtype that is kept: the memory that training works on, not a copy."""
+
+
+class Saved(Protocol):
+    """What a checkpoint holds, read by ranges."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        ...
+
+    @property
+    def tuning(self) -> dict[str, Any]:
+        """What the method remembers; see `Tuning.remembered`."""
+        ...
+
+    def whats(self, name: str) -> dict[str, tuple[int, ...]]:
+        """What is there of parameter `name`, each with the shape of the whole tensor; empty where nothing is."""
+        ...
+
+    def read(self, name: str, what: str, start: int, stop: int) -> Tensor:
+        """Elements `start` to `stop` of the flattened tensor, 1-D, on the CPU, in the dtype kept."""
+        ...
+
+
 class Task(Protocol):
     """What the model learns to do: from texts to tokens, to a loss, and back to texts."""
 
@@ -197,6 +241,19 @@ class Tuning(Protocol):
 
     def notes(self) -> list[str]:
         """Lines to say at the start, after `apply`: what was matched."""
+        ...
+
+    def remembered(self) -> dict[str, Any]:
+        """What a run that goes on from a checkpoint must know before `apply`: JSON-like, the same on every rank."""
+        ...
+
+    def recall(self, saved: Saved) -> None:
+        """Before `apply`: takes what the run that is gone on with had found out (see `remembered`, `pieces`), so that
+        it is not sought anew."""
+        ...
+
+    def pieces(self, world: World) -> Iterator[Piece]:
+        """What the method itself keeps in a checkpoint, beside what the strategy keeps of trained parameters."""
         ...
 
     def in_training(self, task: Task, strategy: Strategy, total_steps: int, world: World) -> tuple[Task, Strategy]:
@@ -287,6 +344,16 @@ class Strategy(Protocol):
     def overwrite(self, name: str, value: Tensor) -> None:
         """Sets a trained parameter: its master weight and what the forward pass reads. All ranks give the same whole
         value, in float32."""
+        ...
+
+    def pieces(self) -> Iterator[Piece]:
+        """This rank's part of the trained parameters (of master weights, where there are any) and of all that the
+        optimizer keeps of them, as they are between two steps. All ranks call it."""
+        ...
+
+    def restore(self, saved: Saved) -> None:
+        """What the optimizer keeps, after `prepare` with the parameters of the same checkpoint; saved by any strategy on
+        any number of ranks. All ranks call it."""
         ...
 
     def drop(self) -> None:

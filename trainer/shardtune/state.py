@@ -19,6 +19,10 @@ class TrainingState:
     tokens: int = 0
     """Source and target tokens that are not padding."""
     target_tokens: int = 0
+    digest: str = ""
+    """Of the examples of all steps, in order: the same for runs that were given the same examples."""
+    seconds: float = 0.0
+    """Since the first step began, evaluating and saving included, over all parts of the run."""
 
     def epochs(self, examples: int | None) -> float:
         """Passes over the training data, with the fraction of the one under way, which visits `examples`.

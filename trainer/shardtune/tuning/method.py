@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from shardtune.protocols import Adapter, Strategy, Task, Weights
+from shardtune.protocols import Adapter, Piece, Saved, Strategy, Task, Weights
 from shardtune.quantization import Quantization
 from shardtune.world import World
 
@@ -46,6 +47,17 @@ class Method:
     def notes(self) -> list[str]:
         """Nothing."""
         return []
+
+    def remembered(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def recall(self, saved: Saved) -> None:
+        """Nothing is sought."""
+
+    def pieces(self, world: World) -> Iterator[Piece]:
+        """Nothing."""
+        return iter(())
 
     def in_training(self, task: Task, strategy: Strategy, total_steps: int, world: World) -> tuple[Task, Strategy]:
         """The task and the strategy themselves."""

@@ -1,0 +1,109 @@
+"""What the ranks agree on between two steps: whether to save, to stop, to go on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from shardtune.errors import DataError, FailedElsewhere, Stopped
+from shardtune.state import TrainingState
+from shardtune.world import World
+
+
+class Saves(Protocol):
+    """How a run saves what it is at; `shardtune.checkpoint.saver` has the one that writes."""
+
+    def asks(self) -> list[float]:
+        """How this rank's writing goes, to be summed over the ranks."""
+        ...
+
+    def agreed(self, asked: list[float]) -> None:
+        """Acts on the sums, on every rank alike: commits what all have written. Raises StorageError."""
+        ...
+
+    def save(self, hurried: bool = False) -> None:
+        """Copies the state and begins to write it, after what was being written before; `hurried`: does not return
+        before it is whole on the disk, and leaves older ones alone."""
+        ...
+
+    def finish(self) -> None:
+        """Waits until what was begun is whole on the disk. Raises StorageError."""
+        ...
+
+
+class Boundaries:
+    """Implements the Boundary protocol of the loop."""
+
+    def __init__(
+        self,
+        state: TrainingState,
+        world: World,
+        saves: Saves,
+        every_steps: int | None,
+        every_seconds: float | None,
+        seconds: float | None,
+        told_to_stop: Callable[[], str | None],
+        kept: Callable[[], str],
+    ) -> None:
+        """Saves every so many steps or seconds; no step begins after `seconds` of training. `told_to_stop`: the signal
+        that this process has had; `kept`: what to say of how to go on."""
+        self._state = state
+        self._world = world
+        self._saves = saves
+        self._every_steps = every_steps
+        self._every_seconds = every_seconds
+        self._seconds = seconds
+        self._told_to_stop = told_to_stop
+        self._kept = kept
+        self._failure: DataError | None = None
+        self._saved_step, self._saved_at = state.step, state.seconds
+
+    def asks(self, failure: DataError | None) -> list[float]:
+        """Stopping, a lack of data, and what saving asks for."""
+        self._failure = failure
+        return [float(self._told_to_stop() is not None), float(failure is not None), *self._saves.asks()]
+
+    def agreed(self, asked: list[float]) -> bool:
+        """Saves where it is due or the run ends here."""
+        stopping, failing, *rest = asked
+        self._saves.agreed(rest)
+        if failing:
+            self._save_now()
+            self._fail()
+        if stopping:
+            self._save_now()
+            raise Stopped(self._kept())
+        if self._seconds is not None and self._state.seconds >= self._seconds:
+            return False
+        if self._due():
+            self._begin_save()
+        return True
+
+    def end(self) -> None:
+        """After the last step: begins to save, unless that was done."""
+        if self._state.step > self._saved_step:
+            self._begin_save()
+
+    def _due(self) -> bool:
+        if self._state.step == self._saved_step:
+            return False
+        if self._every_steps is not None:
+            return self._state.step % self._every_steps == 0
+        return self._every_seconds is not None and self._state.seconds - self._saved_at >= self._every_seconds
+
+    def _begin_save(self) -> None:
+        self._saved_step, self._saved_at = self._state.step, self._state.seconds
+        self._saves.save()
+
+    def _save_now(self) -> None:
+        if self._state.step > self._saved_step:
+            self._saved_step = self._state.step
+            self._saves.save(hurried=True)
+        else:
+            self._saves.finish()
+
+    def _fail(self) -> None:
+        """Every rank has read the data, each perhaps from a file of its own; one of them says what is wrong."""
+        if self._failure is None or not self._world.first_to_say("data"):
+            raise FailedElsewhere(DataError.exit_code)
+        raise DataError(f"{self._failure}\n{self._kept()}") from self._failure
