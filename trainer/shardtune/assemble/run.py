@@ -38,10 +38,13 @@ from shardtune.optim.schedule import clip_scale, learning_rate
 from shardtune.reporting import Reporter
 from shardtune.result import write_result
 from shardtune.state import TrainingState
+from shardtune.stopping import Stopping
 from shardtune.world import World
 
 
-def train_run(config: Config, world: World, corpus: Corpus | None, command_line: Sequence[str]) -> str:
+def train_run(
+    config: Config, world: World, corpus: Corpus | None, command_line: Sequence[str], stopping: Stopping
+) -> str:
     """Trains and writes the run's folder; `corpus` is given on the first rank. Returns what to say at the end.
 
     Raises ShardtuneError, each with its exit code.
@@ -96,6 +99,7 @@ def train_run(config: Config, world: World, corpus: Corpus | None, command_line:
         schedule=config.optimizer.schedule, warmup=config.optimizer.warmup,
     )  # fmt: skip
     begun = time.monotonic()
+    stopping.training()
     try:
         if config.evaluation.baseline and total_steps > 0:
             reporter.evaluate()
