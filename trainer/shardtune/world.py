@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # torch takes seconds to import, and errors in the config or 
 
 POLL_SECONDS = 0.1
 READERS_SECONDS = 10.0
+LAUNCHER = "SHARDTUNE_LAUNCHER"
+"""The variable in which `shardtune train` tells its ranks which process it is."""
 SILENCE_LIMIT = timedelta(minutes=30)
 
 
@@ -190,6 +192,11 @@ def launched_rank() -> int:
 def launched_local_rank() -> int:
     """Which of this machine's ranks the process is."""
     return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def launched_by() -> int | None:
+    """The process that has started this rank, where its launcher is ours; others do not say."""
+    return int(os.environ[LAUNCHER]) if LAUNCHER in os.environ else None
 
 
 def check_launcher() -> None:
