@@ -76,7 +76,7 @@ FIXED: Mapping[str, str] = {
     **{f"tuning.{key}": _TRAINED for key in _SHAPING},
     **{f"task.{key}": _EXAMPLES for key in _TASK},
 }
-"""Keys whose change makes what was saved meaningless, and why; some only where `_matters` says so."""
+"""Keys whose change makes what was saved meaningless, and why; a few of them only in some cases: see `_reason`."""
 
 KINDS = {"task": "kind", "tuning": "method", "optimizer": "name"}
 """Sections whose other keys depend on one of them: where that has changed, the others are not compared."""
@@ -92,8 +92,8 @@ def compare(
     """What a run does otherwise than the one that saved a checkpoint, a line for each harmless change.
 
     `saved`: the checkpoint's state, of which config, data, base and step are read. `config`: that of this run, as it
-    is after the options of `tuning.from` were taken over. `data`: the training examples, as {"fingerprint": …,
-    "examples": N}; None of a stream. `base`: the identity of the model's files. `place`: FILE:LINE of a key, or "".
+    is after the options of `tuning.from` were taken over. `data`: the training examples, as {"fingerprint":
+    Corpus.train_fingerprint, "examples": N}; None of a stream. `base`: the identity of the model's files. `place`: FILE:LINE of a key, or "".
 
     Raises CheckpointError with a line for each change that makes the saved state meaningless.
     """
@@ -112,13 +112,13 @@ def compare(
         line = f"{key}: {_shown(new.get(key))}, was {_shown(old.get(key))}"
         reason = _reason(key, then, now, same_data, same_base)
         if reason is not None:
-            refused.append(f"{place(key)} {line}: {reason}".lstrip())
+            refused.append(_placed(place(key), f"{line}: {reason}"))
         elif key not in UNSAID:
             harmless.append(line)
     if then.duration != now.duration:
         line, reason = _duration(then, now)
         if reason is not None:
-            refused.append(f"{place('duration')} {line}: {reason}".lstrip())
+            refused.append(_placed(place("duration"), f"{line}: {reason}"))
         else:
             harmless.append(line)
     refused += _changed_content(saved, config, data, base, place, said=" ".join(refused))
@@ -171,10 +171,15 @@ def _changed_content(
     if data is not None and old is not None and old != dict(data) and "data." not in said and "task." not in said:
         now, was = data["examples"], old["examples"]
         counts = f"{now:,} examples, was {was:,}" if now != was else f"other examples, {now:,} as before"
-        yield f"{place('data.train')} data.train: the training data has changed: {counts}".lstrip()
+        yield _placed(place("data.train"), f"data.train: the training data has changed: {counts}")
     known = base is not None and saved.get("base") is not None
     if known and saved["base"] != base and "model." not in said:
-        yield f"{place('model.path')} model.path: the model in {config.model.path} is not the one that was tuned".lstrip()
+        problem = f"the model in {config.model.path} is not the one that the run began with"
+        yield _placed(place("model.path"), f"model.path: {problem}")
+
+
+def _placed(place: str, problem: str) -> str:
+    return f"{place} {problem}" if place else problem
 
 
 def _parts(data: DataConfig) -> list[tuple[float | None, float | None]]:
@@ -208,7 +213,10 @@ def _duration(then: Config, now: Config) -> tuple[str, str | None]:
     if now.optimizer.schedule == "constant":
         return line, None
     rate = {True: "higher", False: "lower", None: "another"}[longer]
-    return f"{line}; the learning rate now falls to zero at the new end, so from here on it is {rate} than planned", None
+    return (
+        f"{line}; the learning rate now falls to zero at the new end, so from here on it is {rate} than planned",
+        None,
+    )
 
 
 def _shown(value: object) -> str:
