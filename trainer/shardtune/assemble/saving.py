@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from shardtune.assemble.prepared import Prepared
+from shardtune.checkpoint.names import FOLDER, folder_name
 from shardtune.checkpoint.reading import Checkpoint
 from shardtune.checkpoint.saver import Snapshot
 from shardtune.config import Config
 from shardtune.config_file import dump_config
 from shardtune.errors import CheckpointError
+from shardtune.model.identity import identity_of
 from shardtune.model.overlay import Overlay
 from shardtune.protocols import VALUE, Piece, Strategy, Tuning, Weights
 from shardtune.randomness import random_pieces, restore_random
@@ -29,19 +31,21 @@ from shardtune.world import World
 class Identity(NamedTuple):
     """What a checkpoint's state has a meaning for, beside the config."""
 
-    data: str | None
-    """Of the tokenized training examples; None for a stream."""
-    examples: int | None
+    data: dict[str, Any] | None
+    """Of the training examples; None of a stream."""
     base: str
-    """Of the weights that tuning began with."""
+    """Of the model that tuning began with."""
 
 
-def identify(config: Config, prepared: Prepared, world: World, base: Callable[[], str]) -> Identity:
+def identify(config: Config, prepared: Prepared, world: World) -> Identity:
     """That of this run. All ranks call it; the first one looks."""
 
     def look() -> list[Any]:
-        table = prepared.tables.get("train")
-        return [None, None, base()] if table is None else [table.digest(), len(table), base()]
+        table, corpus = prepared.tables.get("train"), prepared.corpus
+        data = None
+        if table is not None and corpus is not None:
+            data = {"fingerprint": corpus.train_fingerprint, "examples": len(table)}
+        return [data, identity_of(config.model.path, config.model.weights == "pretrained")]
 
     return Identity(*world.first_does("identity", look))
 
@@ -54,7 +58,7 @@ def snapshots(
     tuning: Tuning,
     kind: str,
     identity: Identity,
-    total_steps: int | None,
+    total_steps: int,
     began_from: str | None,
 ) -> Callable[[], Snapshot]:
     """A function that gives what a checkpoint of this moment holds. `strategy`: as the loop has it; `kind`: its name."""
@@ -73,7 +77,7 @@ def snapshots(
             "strategy": kind,
             "schedule": {"name": config.optimizer.schedule, "steps": total_steps, "minutes": config.duration.minutes},
             "scaler": None,  # bfloat16 and float32 need none
-            "identity": identity._asdict(),
+            **identity._asdict(),
             "tuning": tuning.remembered(),
             "began_from": began_from,
             "versions": versions,
@@ -122,13 +126,11 @@ def restore(saved: Checkpoint, strategy: Strategy, world: World, seed: int) -> N
         world.seed_everything(seed, saved.step)
 
 
-def newest_kept(folder: Path, state: TrainingState) -> str:
-    """What to say of how a run goes on that ends at `state`, its last step saved."""
+def how_to_go_on(folder: Path, state: TrainingState) -> str:
+    """What to say of a run that ends at `state`, its last step saved."""
     if state.step == 0:
         return f"{folder}: stopped before its first step; start it again"
-    from shardtune.checkpoint.names import FOLDER, folder_name
-
     return (
-        f"{folder}: step {state.step} is saved in {folder / FOLDER / folder_name(state.step)}; go on with\n"
-        f"  shardtune resume --run {folder}"
+        f"step {state.step} is saved in {folder / FOLDER / folder_name(state.step)}; the same command goes on from "
+        f"there, and so does\n  shardtune resume --run {folder}"
     )

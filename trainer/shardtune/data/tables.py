@@ -81,13 +81,6 @@ class TokenTable:
         )
         return Tokens(source, target, self._origin(position))
 
-    def digest(self) -> str:
-        """SHA-256 of the tokens of all examples and of where each begins."""
-        digest = hashlib.sha256()
-        for array in (*self._offsets, *self._tokens):
-            digest.update(memoryview(np.ascontiguousarray(array)).cast("B"))
-        return digest.hexdigest()
-
     def _origin(self, position: int) -> int:
         for index, count in enumerate(self.counts):
             if position < count:
