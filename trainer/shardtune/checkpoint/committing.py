@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from shardtune.checkpoint import files
+from shardtune.checkpoint.manifest import Kept, Manifest, hash_text
 from shardtune.checkpoint.names import MANIFEST, MANIFEST_HASH, PARTIAL, folder_name, partial_name, step_of
 from shardtune.checkpoint.writing import write_text
 
@@ -25,10 +25,11 @@ def commit(partial: Path, step: int, reports: Mapping[str, Mapping[str, Any]], t
             raise OSError(errno.EIO, "rank 0 does not see what another rank has written", str(partial / name))
     for name, text in texts.items():
         write_text(partial / name, text)
-    described = {name: _described(text.encode()) for name, text in texts.items()}
-    manifest = json.dumps({"format": 1, "step": step, "files": {**reports, **described}}, indent=1) + "\n"
+    kept = {name: Kept(report["size"], report["sha256"]) for name, report in reports.items()}
+    kept |= {name: _kept(text.encode()) for name, text in texts.items()}
+    manifest = Manifest(step, kept).text()
     write_text(partial / MANIFEST, manifest)
-    write_text(partial / MANIFEST_HASH, f"{_described(manifest.encode())['sha256']}  {MANIFEST}\n")
+    write_text(partial / MANIFEST_HASH, hash_text(manifest.encode()))
     files.flush_folder(partial)
     whole = partial.with_name(folder_name(step))
     if whole.exists():  # of a run that went back behind it and came again
@@ -60,8 +61,8 @@ def remove_partial(folder: Path) -> None:
             files.remove(path)
 
 
-def _described(data: bytes) -> dict[str, Any]:
-    return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+def _kept(data: bytes) -> Kept:
+    return Kept(len(data), hashlib.sha256(data).hexdigest())
 
 
 def _replace(whole: Path, partial: Path) -> None:
