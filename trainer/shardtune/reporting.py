@@ -95,11 +95,16 @@ class Reporter:
         for tracker in self._trackers:
             tracker.scalars(state.step, {f"train/{key}": value for key, value in line.items() if key != "step"})
 
-    def evaluate(self, splits: Sequence[Split] | None = None) -> None:
-        """Judges the splits (all by default) at the present step; all ranks call it."""
+    def evaluate(self, splits: Sequence[Split] | None = None) -> bool:
+        """Judges the splits (all by default) at the present step; all ranks call it. False: a rank was told to stop
+        meanwhile, so that not all of them were judged."""
         for split in self._splits if splits is None else splits:
             with self.progress.evaluating(split.name, split.examples) as advance:
-                scores, predictions = self._evaluator.run(self._state.step, split, advance)
+                judged = self._evaluator.run(self._state.step, split, advance)
+            if judged is None:
+                self.progress.say(f"{split.name} at step {self._state.step} left out: the run was told to stop")
+                return False
+            scores, predictions = judged
             if self._metrics_file is None:
                 continue
             self._metrics_file.write({"step": self._state.step, "split": split.name, **scores})
@@ -110,6 +115,7 @@ class Reporter:
                 tracker.texts(self._state.step, f"{split.name}/predictions", shown)
             figures = "  ".join(f"{key} {value:.4f}" for key, value in scores.items())
             self.progress.say(f"{split.name} at step {self._state.step}  {figures}")
+        return True
 
     def before_and_after(self) -> str:
         """A table of the first and the last evaluation of every split."""

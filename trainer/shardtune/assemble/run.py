@@ -84,7 +84,7 @@ def train_run(
         steps, total_steps, examples_of = make_course(config, world, prepared.task, table, prepared.train_counts)
     evaluator = Evaluator(
         prepared.task, strategy, world, metric_names(config), config.evaluation.max_new_tokens,
-        config.evaluation.beams, judged_at_once(config.batch), folder / "predictions",
+        config.evaluation.beams, judged_at_once(config.batch), folder / "predictions", stopping.told,
     )  # fmt: skip
     reporter = Reporter(
         folder, world, state, total_steps, examples_of, config.tracking.every, config.evaluation.every,
