@@ -75,12 +75,12 @@ class Reporter:
         if state.step % self._evaluate_every == 0 and state.step != self._total_steps:
             self.evaluate([split for split in self._splits if split.name == "validation"])
 
-    def after_training(self) -> None:
-        """Logs the last step, where that was not known for the last, and evaluates."""
+    def after_training(self) -> bool:
+        """Logs the last step, where that was not known for the last, and evaluates; returns what `evaluate` does."""
         if self._since:
             self._log()
         self.progress.say_last()
-        self.evaluate()
+        return self.evaluate()
 
     def _log(self) -> None:
         """A line of the last step, with the means of the steps since the line before."""
@@ -107,14 +107,19 @@ class Reporter:
         for tracker in self._trackers:
             tracker.scalars(state.step, {f"train/{key}": value for key, value in line.items() if key != "step"})
 
-    def evaluate(self, splits: Sequence[Split] | None = None) -> None:
-        """Judges the splits (all by default) at the present step, unless that was done; all ranks call it."""
+    def evaluate(self, splits: Sequence[Split] | None = None) -> bool:
+        """Judges the splits (all by default) at the present step, unless that was done; all ranks call it. False: a
+        rank was told to stop meanwhile, so that not all of them were judged."""
         for split in self._splits if splits is None else splits:
             if self._judged_at[split.name] == self._state.step:
                 continue
-            self._judged_at[split.name] = self._state.step
             with self.progress.evaluating(split.name, split.examples) as advance:
-                scores, predictions = self._evaluator.run(self._state.step, split, advance)
+                judged = self._evaluator.run(self._state.step, split, advance)
+            if judged is None:
+                self.progress.say(f"{split.name} at step {self._state.step} left out: the run was told to stop")
+                return False
+            self._judged_at[split.name] = self._state.step
+            scores, predictions = judged
             if self._metrics_file is None:
                 continue
             self._metrics_file.write({"step": self._state.step, "split": split.name, **scores})
@@ -125,6 +130,7 @@ class Reporter:
                 tracker.texts(self._state.step, f"{split.name}/predictions", shown)
             figures = "  ".join(f"{key} {value:.4f}" for key, value in scores.items())
             self.progress.say(f"{split.name} at step {self._state.step}  {figures}")
+        return True
 
     def before_and_after(self) -> str:
         """A table of the first and the last evaluation of every split."""
