@@ -8,17 +8,21 @@ import json
 import os
 import sys
 
-import deepspeed  # noqa: F401
-import peft  # noqa: F401
-import torch.distributed.fsdp
-import torch.utils.tensorboard  # noqa: F401
-import transformers.models.llama.modeling_llama
-import transformers.models.t5.modeling_t5  # noqa: F401
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+answers = os.fdopen(os.dup(1), "w", buffering=1)
+os.dup2(2, 1)  # libraries may say something
 
-import shardtune.assemble.run  # noqa: F401
-from shardtune.cli import train_as_rank
-from shardtune.exit_codes import leave
-from shardtune.world import rank_environment
+import deepspeed  # noqa: E402, F401
+import peft  # noqa: E402, F401
+import torch.distributed.fsdp  # noqa: E402
+import torch.utils.tensorboard  # noqa: E402, F401
+import transformers.models.llama.modeling_llama  # noqa: E402
+import transformers.models.t5.modeling_t5  # noqa: E402, F401
+
+import shardtune.assemble.run  # noqa: E402, F401
+from shardtune.cli import train_as_rank  # noqa: E402
+from shardtune.exit_codes import leave  # noqa: E402
+from shardtune.world import rank_environment  # noqa: E402
 
 
 def start(order: dict) -> list[int]:
@@ -53,14 +57,14 @@ def be_rank(rank: int, order: dict) -> None:
 
 
 def main() -> None:
-    print("ready", flush=True)
+    print("ready", file=answers)
     for line in sys.stdin:
         order = json.loads(line)
         if "wait" in order:
             codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in order["wait"]]
-            print(json.dumps(codes), flush=True)
+            print(json.dumps(codes), file=answers)
         else:
-            print(json.dumps(start(order)), flush=True)
+            print(json.dumps(start(order)), file=answers)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,8 @@ def _owner(rank: int) -> str:
 
 def _states(device: torch.device) -> dict[str, Tensor]:
     version, words, gauss = random.getstate()
-    name, key, position, has_gauss, cached = np.random.get_state(legacy=True)
+    legacy: tuple[Any, ...] = np.random.get_state(legacy=True)  # pyright: ignore[reportAssignmentType]
+    name, key, position, has_gauss, cached = legacy
     assert name == "MT19937"
     states = {
         "python": torch.tensor([version, *words, int(gauss is not None), _bits(gauss or 0.0)]),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from shardtune.assemble.parts import (
     make_strategy,
     metric_names,
 )
-from shardtune.assemble.prepared import Prepared, evaluated_splits, prepare
+from shardtune.assemble.prepared import Prepared, evaluated_splits, keep_tokenizer, prepare
 from shardtune.assemble.resuming import FRESH, Beginning
 from shardtune.assemble.saving import how_to_go_on, identify, restore, saved_weights, snapshots, state_of
 from shardtune.assemble.steps import Course, make_course, make_stream, make_stream_course
@@ -89,6 +88,7 @@ def train_run(
         environment = run_folder.environment(list(command_line), kind, devices)
         environment["stored_bytes"] = [Stored(*rank)._asdict() for rank in held]
         claim = beginning.claim(folder, dump_config(config), environment)
+        keep_tokenizer(prepared, folder / run_folder.TOKENIZER)
     evaluator = Evaluator(
         prepared.task, strategy, world, metric_names(config), config.evaluation.max_new_tokens,
         config.evaluation.beams, judged_at_once(config.batch), folder / "predictions", stopping.told,
@@ -103,10 +103,11 @@ def train_run(
         reporter.progress.say(change)
     if tuned.tuning.quantization is not None:
         reporter.progress.say(describe_stored([Stored(*rank) for rank in held]))
-    snapshot = snapshots(config, world, state, in_loop, tuned.tuning, kind, identity, course, beginning.began_from)
     saver = Saver(
-        folder / FOLDER, world, config.checkpoint.keep, config.checkpoint.background, snapshot, reporter.progress.say
-    )
+        folder / FOLDER, world, config.checkpoint.keep, config.checkpoint.background,
+        snapshots(config, world, state, in_loop, tuned, kind, identity, course.total_steps, beginning.began_from),
+        reporter.progress.say,
+    )  # fmt: skip
     boundaries = Boundaries(
         state, world, saver, config.checkpoint.every_steps, config.checkpoint.every_seconds,
         config.duration.seconds, stopping.told, lambda: how_to_go_on(folder, state),
@@ -119,7 +120,8 @@ def train_run(
             reporter.evaluate()
         train(
             state, course.total_steps, course.steps, task, in_loop, world, rate_of,
-            functools.partial(clip_scale, max_grad_norm=config.optimizer.max_grad_norm), boundaries, reporter.after_step,
+            functools.partial(clip_scale, max_grad_norm=config.optimizer.max_grad_norm), boundaries,
+            reporter.after_step,
         )  # fmt: skip
         boundaries.end()
         if stream is not None and stream.noted:
@@ -142,3 +144,36 @@ def train_run(
             os.close(claim)
     world.first_does("written", lambda: None)  # nobody leaves before the result is there
     return last_words(folder, config, reporter.before_and_after(), time.monotonic() - begun)
+
+
+def _placed(
+    config: Config, world: World, prepared: Prepared, tuned: Tuned, kind: str, saved: Checkpoint | None
+) -> Strategy:
+    """The strategy `kind` with the model and its values, in training mode."""
+    model, dtype = tuned.model, DTYPES[config.model.dtype]
+    weights = saved_weights(saved, model, tuned.weights) if saved is not None else tuned.weights
+    strategy = make_strategy(kind, model, world, dtype, config.strategy.offload, config.strategy.nvme)
+    strategy.prepare(model, weights, make_optimizer_recipe(config.optimizer, model, tuned.tuning))
+    if config.data.batching == "packed":
+        vocabulary = prepared.architecture.get_text_config().vocab_size
+        check_isolation(prepared.task, strategy, vocabulary, world.device, dtype != torch.float32, config.model.path)
+    model.train()
+    return strategy
+
+
+def _course(config: Config, world: World, prepared: Prepared) -> tuple[Course, Stream | None]:
+    """The steps, and the stream that they come from, if so."""
+    if not config.data.streaming:
+        table = prepared.tables["train"]
+        return make_course(config, world, prepared.task, table, prepared.train_counts), None
+    own_task = copy.deepcopy(prepared.task)  # a tokenizer's settings change while it is used: not in two threads
+    stream = make_stream(config, own_task)
+    return make_stream_course(config, world, own_task, stream), stream
+
+
+def _rate(config: Config, course: Course) -> Callable[[TrainingState], float]:
+    """The learning rate of the step that begins at a state."""
+    optimizer = config.optimizer
+    return lambda state: learning_rate(
+        state.step, course.total_steps, optimizer.lr, optimizer.schedule, optimizer.warmup
+    )

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from shardtune.assemble.prepared import Prepared
+from shardtune.assemble.tuned import Tuned
 from shardtune.checkpoint.names import FOLDER, folder_name
 from shardtune.checkpoint.reading import Checkpoint
 from shardtune.checkpoint.saver import Snapshot
@@ -20,7 +21,7 @@ from shardtune.config_file import dump_config
 from shardtune.errors import CheckpointError
 from shardtune.model.identity import identity_of
 from shardtune.model.overlay import Overlay
-from shardtune.protocols import VALUE, Piece, Strategy, Tuning, Weights
+from shardtune.protocols import VALUE, Piece, Strategy, Weights
 from shardtune.randomness import random_pieces, restore_random
 from shardtune.run_folder import LIBRARIES, version
 from shardtune.state import TrainingState
@@ -55,19 +56,20 @@ def snapshots(
     world: World,
     state: TrainingState,
     strategy: Strategy,
-    tuning: Tuning,
+    tuned: Tuned,
     kind: str,
     identity: Identity,
     total_steps: int,
     began_from: str | None,
 ) -> Callable[[], Snapshot]:
-    """A function that gives what a checkpoint of this moment holds. `strategy`: as the loop has it; `kind`: its name."""
+    """Gives a function that says what a checkpoint of this moment holds. `strategy`: as the loop has it; `kind`: its
+    name."""
     resolved, text = config.model_dump(mode="json"), dump_config(config)
     versions = {name: version(name) for name in LIBRARIES}
 
     def pieces() -> Iterator[Piece]:
         own = random_pieces(world.rank, world.device)
-        return chain(strategy.pieces(), tuning.pieces(world), own)
+        return chain(strategy.pieces(), tuned.tuning.pieces(world), own)
 
     def snapshot() -> Snapshot:
         about = {
@@ -78,7 +80,7 @@ def snapshots(
             "schedule": {"name": config.optimizer.schedule, "steps": total_steps, "minutes": config.duration.minutes},
             "scaler": None,  # bfloat16 and float32 need none
             **identity._asdict(),
-            "tuning": tuning.remembered(),
+            "tuning": tuned.tuning.remembered(),
             "began_from": began_from,
             "versions": versions,
             "config": resolved,

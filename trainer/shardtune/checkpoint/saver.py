@@ -223,7 +223,7 @@ class Saver:
             lost = ", ".join(f"of rank {rank} {how}" for rank, how in enumerate(told) if how)
             self._say(
                 f"warning: saving step {save.step} failed: the process that writes, {lost}. "
-                f"Training goes on; {self._kept()}"
+                f"Training goes on; {self.kept()}"
             )
 
     def _fail(self, step: int, told: list[str]) -> None:
@@ -232,11 +232,11 @@ class Saver:
             raise FailedElsewhere(StorageError.exit_code)
         causes = [f"rank {rank}: {cause}" if len(told) > 1 else cause for rank, cause in enumerate(told) if cause]
         raise StorageError(
-            f"step {step} could not be saved\n{chr(10).join(causes)}\n{self._kept()}\n"
+            f"step {step} could not be saved\n{chr(10).join(causes)}\n{self.kept()}\n"
             "Make room there and start the same command again: it goes on from the newest good checkpoint"
         )
 
-    def _kept(self) -> str:
+    def kept(self) -> str:
         """The newest checkpoint, for messages."""
         steps: list[int] = []
         with suppress(OSError):
