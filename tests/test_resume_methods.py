@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from kept import Kept
-from shardtune.errors import ConfigError
 from shardtune.model.quantized import quantize_layers
 from shardtune.protocols import VALUE, Piece, Saved, Shard, Tuning, Weights
 from shardtune.quantization import Quantization
@@ -224,16 +223,14 @@ def test_adalora_goes_on_with_what_it_knows_of_triplets() -> None:
 
 
 def test_adalora_keeps_the_schedule_that_it_began_with(tmp_path: Path) -> None:
-    """More steps do not move it; too few to end it are refused."""
+    """More steps do not move it."""
     skeleton = skeleton_of(saved(tmp_path, "llama"), "causal")
     method = Adalora("causal", 3, 5, 32.0, 0.0, "all-linear", 0.2, 0.8, 2, (0.85, 0.85), 0.0)
     method.recall(Kept([], tuning={"steps": 10}))
     with skeleton.recorder:
         model: Any = method.apply(skeleton.model)
     nothing: Any = None
-    with pytest.raises(ConfigError, match=r"duration: 7 steps are too few .* began with 10, .* fall until step 8"):
-        method.in_training(nothing, nothing, 7, ALONE)
-    for steps in (8, 10, 30):
+    for steps in (10, 30):
         method.in_training(nothing, nothing, steps, ALONE)
         settings = model.peft_config["default"]
         assert (settings.total_step, settings.tinit, settings.tfinal) == (10, 2, 2)

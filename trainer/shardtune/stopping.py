@@ -95,9 +95,9 @@ class Stopping:
         if self._alone is None:
             if self._launcher.is_gone():
                 self._alone = time.monotonic()
-                self._tell("its launcher is gone")
+                self._tell("the launcher is gone")
         elif not self._is_seen and time.monotonic() - self._alone > OVERDUE_SECONDS:
-            _leave(RankError.exit_code, "its launcher is gone, and the step does not end; other ranks may be gone too")
+            _leave(RankError.exit_code, "the launcher is gone, and the step does not end; other ranks may be gone too")
 
     def _tell(self, reason: str) -> None:
         if not self._is_training:

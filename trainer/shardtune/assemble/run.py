@@ -91,7 +91,7 @@ def train_run(
         keep_tokenizer(prepared, folder / run_folder.TOKENIZER)
     evaluator = Evaluator(
         prepared.task, strategy, world, metric_names(config), config.evaluation.max_new_tokens,
-        config.evaluation.beams, judged_at_once(config.batch), folder / "predictions",
+        config.evaluation.beams, judged_at_once(config.batch), folder / "predictions", stopping.told,
     )  # fmt: skip
     reporter = Reporter(
         folder, world, state, course.total_steps, course.examples_of, config.tracking.every, config.evaluation.every,
