@@ -17,6 +17,8 @@ LIBRARIES = (
     "shardtune", "torch", "transformers", "peft", "deepspeed", "bitsandbytes", "triton", "datasets", "tokenizers",
     "safetensors", "numpy",
 )  # fmt: skip
+TOKENIZER = "tokenizer"
+"""The folder of what texts and labels were for the run, in the run's folder."""
 
 
 def is_finished(folder: Path) -> bool:

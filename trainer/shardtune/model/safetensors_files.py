@@ -1,15 +1,11 @@
 """Reads ranges of tensors from safetensors files, just the bytes asked for.
 
-The format (huggingface/safetensors): 8 bytes of header length, a JSON header with each tensor's dtype, shape and byte
-range, then the data. Reading instead of mapping keeps a rank's resident memory at what it asked for.
+Reading instead of mapping keeps a rank's resident memory at what it asked for.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +14,7 @@ import torch
 from torch import Tensor
 
 from shardtune.errors import ConfigError
+from shardtune.tensor_files import NotWhole, read_header, read_range
 
 DTYPES = {
     "F64": torch.float64,
@@ -31,8 +28,6 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-LONGEST_HEADER = 100_000_000
-"""Bytes; the limit of the format."""
 COMPARED = 1 << 20
 """Elements compared at once."""
 
@@ -61,16 +56,17 @@ class Entry:
     def read(self, start: int, stop: int) -> Tensor:
         """Elements `start` to `stop` of the flattened tensor, 1-D, in the file's dtype."""
         out = torch.empty(stop - start, dtype=self.dtype)
-        buffer = memoryview(out.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
-        position, done = self.offset + start * self.dtype.itemsize, 0
         with self.file.open("rb", buffering=0) as file:
-            file.seek(position)
-            while done < len(buffer):
-                count = file.readinto(buffer[done:])
-                if not count:
-                    raise ConfigError(f"{self.file}: ends before byte {position + len(buffer)}; the file is cut off")
-                done += count
+            try:
+                read_range(file, self.offset + start * self.dtype.itemsize, bytes_of(out))
+            except NotWhole as error:
+                raise ConfigError(f"{self.file}: {error}") from None
         return out
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous 1-D tensor on the CPU."""
+    return memoryview(tensor.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
 
 
 def open_files(files: Iterable[Path]) -> dict[str, Entry]:
@@ -80,24 +76,14 @@ def open_files(files: Iterable[Path]) -> dict[str, Entry]:
     """
     entries: dict[str, Entry] = {}
     for path in files:
-        size = os.path.getsize(path)
-        with path.open("rb") as file:
-            head = file.read(8)
-            length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
-            if not 0 < length <= min(LONGEST_HEADER, size - 8):
-                raise ConfigError(f"{path}: not a whole safetensors file")
+        with path.open("rb", buffering=0) as file:
             try:
-                header = json.loads(file.read(length))
-                for name, info in header.items():
-                    if name == "__metadata__":
-                        continue
-                    begin, end = info["data_offsets"]
-                    dtype, shape = DTYPES.get(info["dtype"]), tuple(info["shape"])
-                    if dtype is None:
-                        raise ConfigError(f"{path}: {name} has dtype {info['dtype']}, which cannot be tuned from")
-                    if end - begin != math.prod(shape) * dtype.itemsize or 8 + length + end > size:
-                        raise ConfigError(f"{path}: {name} does not fit the file's {size} bytes; is it cut off?")
-                    entries[name] = Entry(path, 8 + length + begin, dtype, shape)
-            except (ValueError, KeyError, TypeError) as error:
-                raise ConfigError(f"{path}: its header is damaged: {error}") from None
+                tensors = read_header(file).tensors
+            except NotWhole as error:
+                raise ConfigError(f"{path}: {error}") from None
+        for name, stored in tensors.items():
+            dtype = DTYPES.get(stored.dtype)
+            if dtype is None:
+                raise ConfigError(f"{path}: {name} has dtype {stored.dtype}, which cannot be tuned from")
+            entries[name] = Entry(path, stored.begin, dtype, stored.shape)
     return entries

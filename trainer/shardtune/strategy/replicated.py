@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from shardtune.protocols import MakeOptimizer, Shard, Weights
+from shardtune.protocols import VALUE, MakeOptimizer, Piece, Saved, Shard, Weights
 from shardtune.strategy.gradients import averaged, scale_in_place, set_learning_rate, squared_norm
+from shardtune.strategy.optimizer_state import Part, restore_state, state_pieces, whole_part
 from shardtune.strategy.parameters import materialize, trained_parameters
 from shardtune.world import World
 
@@ -95,15 +96,38 @@ class Replicated:
 
     def shards(self) -> Iterator[Shard]:
         """Every rank has all of it, and takes its share."""
-        rank, ranks = self._world.rank, self._world.size
         for name, parameter in trained_parameters(self._module):
-            share = slice(parameter.numel() * rank // ranks, parameter.numel() * (rank + 1) // ranks)
+            share = self._share(parameter.numel())
             gradient = parameter.grad.view(-1)[share] if parameter.grad is not None else None
-            yield Shard(name, share.start, parameter.detach().view(-1)[share].float(), gradient)
+            if share.start < share.stop:
+                yield Shard(name, share.start, parameter.detach().view(-1)[share].float(), gradient)
 
     def overwrite(self, name: str, value: Tensor) -> None:
         """Every rank sets all of it."""
         self._module.get_parameter(name).data.copy_(value)
+
+    def pieces(self) -> Iterator[Piece]:
+        """Every rank has all of it, and takes its share of every tensor."""
+        for piece in (*self._values(), *state_pieces(self._optimizer, self._parts())):
+            share = self._share(piece.values.numel())
+            if share.start < share.stop:
+                yield piece._replace(start=share.start, values=piece.values[share])
+
+    def restore(self, saved: Saved) -> None:
+        """Every rank reads all of it."""
+        restore_state(self._optimizer, self._parts(), saved)
+
+    def _values(self) -> Iterator[Piece]:
+        for name, parameter in trained_parameters(self._module):
+            yield Piece(name, VALUE, tuple(parameter.shape), 0, parameter.detach().view(-1))
+
+    def _parts(self) -> list[Part]:
+        return [whole_part(name, p.shape, 0, p) for name, p in trained_parameters(self._module)]
+
+    def _share(self, elements: int) -> slice:
+        """Which of so many this rank takes; the first rank has the first."""
+        rank, ranks = self._world.rank, self._world.size
+        return slice(-(-elements * rank // ranks), -(-elements * (rank + 1) // ranks))
 
     def drop(self) -> None:
         """Nothing else holds it."""
