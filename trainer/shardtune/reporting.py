@@ -97,6 +97,7 @@ class Reporter:
             "examples": state.examples,
             "tokens": state.tokens,
             "target_tokens": state.target_tokens,
+            "examples_digest": state.digest,
             "padding_share": report.padding_share,
             "step_seconds": seconds / len(since),
             "data_seconds": sum(r.data_seconds for r in since) / len(since),
@@ -105,7 +106,8 @@ class Reporter:
         }
         self._metrics_file.write(line)
         for tracker in self._trackers:
-            tracker.scalars(state.step, {f"train/{key}": value for key, value in line.items() if key != "step"})
+            figures = {key: value for key, value in line.items() if key != "step" and not isinstance(value, str)}
+            tracker.scalars(state.step, {f"train/{key}": value for key, value in figures.items()})
 
     def evaluate(self, splits: Sequence[Split] | None = None) -> bool:
         """Judges the splits (all by default) at the present step, unless that was done; all ranks call it. False: a
