@@ -51,7 +51,10 @@ class Warm:
 
     def __init__(self, cache: Path) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, str(SERVER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            [sys.executable, str(SERVER)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
             env=environment(cache),
         )
         assert self._line(120) == b"ready\n"
