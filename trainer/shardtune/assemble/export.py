@@ -24,7 +24,7 @@ from shardtune.config import Config
 from shardtune.errors import ConfigError, NumbersError, StorageError
 from shardtune.model.quantized import dequantize_layers
 from shardtune.model.skeleton import keeps_logits, load_model
-from shardtune.model.tokenizer import load_tokenizer
+from shardtune.model.tokenizer import load_tokenizer, save_tokenizer
 from shardtune.protocols import Batch, Task, Text, Tokens
 from shardtune.task.chat import Chat
 from shardtune.tuning_config import LoftqConfig
@@ -146,7 +146,7 @@ def _merge(config: Config, run: Path, folder: Path, partial: Path, choice: BaseC
         exact = _difference(beside, logits(merged))
         _check(exact, TOLERANCES[torch.float32], f"merged into {path}, the adapter does not act as beside it", origin)
         merged.to(stored).save_pretrained(str(partial))
-        tokenizer.save_pretrained(str(partial))
+        save_tokenizer(tokenizer, partial)
         if labels:
             shutil.copy(folder / "labels.json", partial)
         del base, tuned, merged
