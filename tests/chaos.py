@@ -163,7 +163,7 @@ class Chaos:
             codes = ranks.wait()
             problem = f"exit codes {codes}" if any(codes) else difference(whole.folder, run)
             for _ in range(killed):
-                said = ranks.said()[-3000:] if any(codes) else ""
+                said = ranks.said()[-1500:] if any(codes) else ""
                 outcome.count(not problem, str(case), f"{name}: {problem}\n{said}")
             if not problem:
                 shutil.rmtree(run)
@@ -207,7 +207,7 @@ class Chaos:
                     ranks.kill(number=self.rng.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]))
                 codes = ranks.wait()
                 if codes != [75 if stop is not None else 0] * ranks_count:
-                    problem, said = f"{strategy} on {ranks_count} ranks: exit codes {codes}", ranks.said()[-3000:]
+                    problem, said = f"{strategy} on {ranks_count} ranks: exit codes {codes}", ranks.said()[-1500:]
                     break
             if not problem:
                 far = largest_difference(whole.folder, run)
@@ -238,7 +238,7 @@ class Chaos:
                     problem = "the damaged one was not set aside"
                 if not problem and newest.name not in ranks.said():
                     problem = "the damaged one was not named"
-                outcome.count(not problem, f"run: {kind}", f"{name}, {kind}: {problem}\n{ranks.said()[-3000:]}")
+                outcome.count(not problem, f"run: {kind}", f"{name}, {kind}: {problem}\n{ranks.said()[-1500:]}")
                 shutil.rmtree(run)
                 continue
             copy = self.folder / "damaged"
@@ -287,7 +287,9 @@ class Chaos:
                 codes = ranks.wait()
                 kept = sorted((disk / name / "checkpoints").glob("step-*"))
                 problem = "" if 7 in codes and 0 not in codes else f"exit codes {codes} with {room:,} bytes"
-                if not problem and not ("space" in ranks.said() and (not kept or kept[-1].name in ranks.said())):
+                said = ranks.said()[-1500:]
+                named = "No space left" in said or "are needed and" in said
+                if not problem and not (named and (not kept or f"{kept[-1]} is kept" in said)):
                     problem = "the cause, or what was kept, was not named"
                 if not problem and any(verify(folder) for folder in kept):
                     problem = "what was kept is not whole"
@@ -296,8 +298,7 @@ class Chaos:
                 codes = again.wait()
                 if not problem:
                     problem = f"then exit codes {codes}" if any(codes) else difference(whole.folder, disk / name)
-                said = ranks.said()[-2000:] + again.said()[-2000:] if problem else ""
-                outcome.count(not problem, f"{len(kept)} kept", f"{name}: {problem}\n{said}")
+                outcome.count(not problem, f"{len(kept)} kept", f"{name}: {problem}\n{said}\n{again.said()[-1500:]}")
         return outcome
 
 
