@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -109,6 +109,15 @@ def load_config(path: Path, overrides: list[str]) -> Config:
     if config is None or source.problems:
         raise ConfigError("\n".join(source.problems))
     return config
+
+
+def places(path: Path, overrides: list[str]) -> Callable[[str], str]:
+    """Where each dotted key of a config that `load_config` has read was given: `FILE:LINE`, or the command line."""
+    source = Source(str(path))
+    _read_file(path, source)
+    for override in overrides:
+        _apply_override(override, source)
+    return lambda key: source.place(tuple(key.split(".")))
 
 
 def dump_config(config: Config) -> str:

@@ -67,7 +67,7 @@ def train_run(
     config = take_over(config)
     prepared = prepare(config, world, corpus)
     identity = identify(config, prepared, world)
-    changes = beginning.check(config, identity)
+    changes = beginning.check(config, identity, world)
     tuned = tuned_model(config, world, prepared, saved)
     # One rank decides: cards may differ, and all must choose alike.
     dtype = DTYPES[config.model.dtype]
@@ -96,7 +96,7 @@ def train_run(
     reporter = Reporter(
         folder, world, state, course.total_steps, course.examples_of, config.tracking.every, config.evaluation.every,
         config.tracking.tensorboard, evaluator, evaluated_splits(prepared, config.evaluation.examples),
-        config.model_dump(mode="json"),
+        config.model_dump(mode="json"), goes_on=beginning.goes_on,
     )  # fmt: skip
     reporter.progress.say(said)
     for change in changes:
@@ -118,6 +118,8 @@ def train_run(
         stopping.training()
         if config.evaluation.baseline and course.total_steps > 0 and saved is None:
             reporter.evaluate()
+        if beginning.goes_on:
+            reporter.make_up()
         train(
             state, course.total_steps, course.steps, task, in_loop, world, rate_of,
             functools.partial(clip_scale, max_grad_norm=config.optimizer.max_grad_norm), boundaries,
