@@ -221,8 +221,11 @@ def _train_until(options: argparse.Namespace, config: Config | None, stopping: S
 
         place = places(options.config, options.overrides)
         beginning = begin_at(config, world, lambda text: print(text, file=sys.stderr), place)
-        with quiet_libraries():
-            last_words = train_run(config, world, corpus, sys.argv, stopping, beginning)
+        try:
+            with quiet_libraries():
+                last_words = train_run(config, world, corpus, sys.argv, stopping, beginning)
+        finally:
+            beginning.release()
         if world.is_first:
             print(last_words, flush=True)
     world.close()  # not after an error: it would wait for collectives that will never end

@@ -64,7 +64,11 @@ class Beginning(NamedTuple):
         if self.saved is None or self.held is None:
             return run_folder.begin(folder, config_yaml, environment)
         run_folder.reopen(folder, self.saved.step, config_yaml, environment)
-        return self.held
+        return os.dup(self.held)
+
+    def release(self) -> None:
+        """Lets go of the run's folder, when the run has ended in whatever way."""
+        _release(self.held)
 
 
 FRESH = Beginning()
@@ -83,11 +87,25 @@ def begin_at(config: Config, world: World, say: Callable[[str], None], place: Ca
     # Before anything is looked at: another run may be writing there.
     world.first_does("claim", lambda: held.extend([run_folder.claim(folder)] if folder.is_dir() else []))
     claim = held[0] if held else None
+    try:
+        beginning = _go_on(config, world, say, place, claim)
+    except BaseException:
+        _release(claim)
+        raise
+    if beginning.held is None:
+        _release(claim)
+    return beginning if beginning.saved is not None else _anew(folder, world, say)
+
+
+def _go_on(
+    config: Config, world: World, say: Callable[[str], None], place: Callable[[str], str], claim: int | None
+) -> Beginning:
+    """As `begin_at`, once the run's own folder is claimed; FRESH where there is no checkpoint."""
+    folder, given = Path(config.runs) / config.name, config.checkpoint.resume
     if is_auto(given, folder):
         newest = newest_good(folder / FOLDER, world, say)
         if newest is None:
-            _release(claim)
-            return _anew(folder, world, say)
+            return FRESH
         saved = open_checkpoint(newest)
         keep = functools.partial(_keep_result, folder, saved.step, say)
         return Beginning(saved, saved.state.get("began_from"), claim, place, rename=keep)
@@ -104,14 +122,17 @@ def begin_at(config: Config, world: World, say: Callable[[str], None], place: Ca
         target = _whole(Path(wanted), world, say)
         return Beginning(target, start, claim, place, rename=functools.partial(_go_back, folder, target.step, say))
     if saved is not None:
-        raise ConfigError(
-            f"{place('checkpoint.resume')} checkpoint.resume: {folder} has checkpoints of its own, the newest "
-            f"{saved.folder.name}, which did not begin from {given}; give another name=…, or checkpoint.resume=auto to "
-            "go on with them"
-        )
+        world.first_does("own", functools.partial(_fail, folder, saved, given, place))
     target = _whole(Path(wanted), world, say)
-    _release(claim)
     return Beginning(target, start, None, place, own=False, rename=functools.partial(_move, folder, say))
+
+
+def _fail(folder: Path, saved: Checkpoint, given: str, place: Callable[[str], str]) -> None:
+    raise ConfigError(
+        f"{place('checkpoint.resume')} checkpoint.resume: {folder} has checkpoints of its own, the newest "
+        f"{saved.folder.name}, which did not begin from {given}; give another name=…, or checkpoint.resume=auto to go on "
+        "with them"
+    )
 
 
 def _located(given: str, folder: Path) -> tuple[str, bool]:
