@@ -130,8 +130,8 @@ def _go_on(
 def _fail(folder: Path, saved: Checkpoint, given: str, place: Callable[[str], str]) -> None:
     raise ConfigError(
         f"{place('checkpoint.resume')} checkpoint.resume: {folder} has checkpoints of its own, the newest "
-        f"{saved.folder.name}, which did not begin from {given}; give another name=…, or checkpoint.resume=auto to go on "
-        "with them"
+        f"{saved.folder.name}, which did not begin from {given}; give another name=…, or checkpoint.resume=auto to go "
+        "on with them"
     )
 
 
