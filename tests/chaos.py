@@ -163,7 +163,8 @@ class Chaos:
             codes = ranks.wait()
             problem = f"exit codes {codes}" if any(codes) else difference(whole.folder, run)
             for _ in range(killed):
-                outcome.count(not problem, str(case), f"{name}: {problem}\n{ranks.said()[-3000:] if any(codes) else ''}")
+                said = ranks.said()[-3000:] if any(codes) else ""
+                outcome.count(not problem, str(case), f"{name}: {problem}\n{said}")
             if not problem:
                 shutil.rmtree(run)
         return outcome
@@ -196,12 +197,13 @@ class Chaos:
             whole = self.whole(Case("single", method, 1), dropout=False)
             name = self.new_name(f"reshard-{method}")
             run = self.folder / "runs" / name
-            stops = sorted(self.rng.sample(range(2, STEPS - 2), len(layouts) - 1))
+            stops = sorted(self.rng.sample(range(2, STEPS - 8), len(layouts) - 1))
             problem, said = "", ""
             for (strategy, ranks_count), stop in zip(layouts, [*stops, None], strict=True):
+                begun_at = len(steps(run)) if run.exists() else 0
                 ranks = self.start(Case(strategy, method, ranks_count), name, dropout=False)
                 if stop is not None:
-                    _reaches(run / "metrics.jsonl", stop)
+                    _reaches(run / "metrics.jsonl", max(stop, begun_at + 1))
                     ranks.kill(number=self.rng.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]))
                 codes = ranks.wait()
                 if codes != [75 if stop is not None else 0] * ranks_count:
@@ -292,7 +294,8 @@ class Chaos:
                 subprocess.run(["mount", "-o", f"remount,size={20 * one + 40_000_000}", str(disk)], check=True)
                 again = self.start(case, name, runs=disk)
                 codes = again.wait()
-                problem = problem or (f"then exit codes {codes}" if any(codes) else difference(whole.folder, disk / name))
+                if not problem:
+                    problem = f"then exit codes {codes}" if any(codes) else difference(whole.folder, disk / name)
                 said = ranks.said()[-2000:] + again.said()[-2000:] if problem else ""
                 outcome.count(not problem, f"{len(kept)} kept", f"{name}: {problem}\n{said}")
         return outcome

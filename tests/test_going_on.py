@@ -248,8 +248,8 @@ def test_a_run_begins_from_another_ones_checkpoint(tiny: Run, given: str) -> Non
     tiny_steps = tiny.steps()
     assert tiny.goes_on(*fork, "duration.steps=6") == 0
     folder = tiny.folder.with_name("fork")
-    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert min(steps) == begins.saved.step + 1
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert min(line["step"] for line in lines if "split" not in line) == begins.saved.step + 1
     assert tiny.steps() == tiny_steps
     assert (tiny.folder / "final").is_dir()
     if given == "step":
@@ -280,7 +280,7 @@ def test_paths_that_are_no_checkpoint_name_the_nearest_one(tiny: Run) -> None:
 
 def test_damaged_checkpoints_are_said(tiny: Run) -> None:
     damage(tiny.checkpoints / "step-00000002")
-    with pytest.raises(CheckpointError, match="is damaged"):
+    with pytest.raises(CheckpointError, match="is not whole"):
         tiny.begins(f"checkpoint.resume={tiny.checkpoints / 'step-00000002'}")
     damage(tiny.checkpoints / "step-00000004")
     with pytest.raises(CheckpointError, match="no checkpoint there is whole"):

@@ -290,6 +290,8 @@ def _explain(detail: ErrorDetails, source: Source) -> None:
         )
     elif kind == "literal_error":
         message = _not_one_of(given, re.findall(r"'([^']*)'|\b(True|False)\b", context["expected"]))
+    elif kind == "string_pattern_mismatch" and name == "checkpoint.every":
+        message = f"{_show(given)} should be a whole number of steps, or of seconds, minutes or hours: 30s, 10m, 2h"
     elif kind == "string_pattern_mismatch":
         message = f"{_show(given)} should be letters, digits, '.', '_' and '-', beginning with a letter or a digit"
     elif kind in {"too_short", "too_long"}:

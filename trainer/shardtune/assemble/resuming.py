@@ -12,7 +12,7 @@ from shardtune import run_folder
 from shardtune.assemble.resumable import compare
 from shardtune.assemble.run_again import identity_of_start, is_auto, is_single, locate, steps_in
 from shardtune.assemble.saving import Identity
-from shardtune.checkpoint.finding import newest_good, reasons_against, set_aside_newer
+from shardtune.checkpoint.finding import check_whole, newest_good, set_aside_newer
 from shardtune.checkpoint.names import FOLDER
 from shardtune.checkpoint.reading import Checkpoint, open_checkpoint
 from shardtune.config import Config
@@ -170,15 +170,7 @@ def _whole(path: Path, world: World, say: Callable[[str], None]) -> Checkpoint:
             raise CheckpointError(f"checkpoint.resume {path}: there is no checkpoint any more")
         return open_checkpoint(newest)
 
-    def judge() -> None:
-        reasons = reasons_against(path)
-        if reasons:
-            raise CheckpointError(
-                "\n".join(reasons) + f"\n{path} is damaged; checkpoint.resume: auto goes on from the newest good one, "
-                "and `shardtune checkpoints` lists them"
-            )
-
-    world.first_does("whole", judge)
+    check_whole(path, world)
     return open_checkpoint(path)
 
 
