@@ -80,6 +80,12 @@ def _parser() -> Parser:
     train.add_argument("--rendezvous", metavar="HOST:PORT", help="where node 0 is reached, with several nodes")
     train.set_defaults(run=_train, command=train)
 
+    resume = commands.add_parser("resume", help="go on from the newest good checkpoint of a run")
+    resume.add_argument("--run", type=Path, required=True, metavar="DIR", dest="folder", help="the run's folder")
+    resume.add_argument("--ranks", type=int, metavar="N", help="ranks on this machine (default: as many as it had)")
+    resume.add_argument("overrides", nargs="*", metavar="key.path=value", help="in place of what its config says")
+    resume.set_defaults(run=_resume, command=resume, nodes=1, node_rank=0, rendezvous=None)
+
     evaluate = commands.add_parser("evaluate", help="judge a tuned model on a split")
     _add_config(evaluate)
     evaluate.add_argument(
@@ -176,6 +182,15 @@ def _train(options: argparse.Namespace) -> int:
     return spawn(command, ranks, options.nodes, options.node_rank, options.rendezvous)
 
 
+def _resume(options: argparse.Namespace) -> int:
+    from shardtune.assemble.run_again import to_resume
+
+    options.config, options.overrides, options.ranks = to_resume(
+        options.folder, options.overrides, options.ranks, _visible_gpus()
+    )
+    return _train(options)
+
+
 def _train_here(options: argparse.Namespace, config: Config | None = None) -> int:
     """One rank, in this process."""
     from shardtune.stopping import Stopping
@@ -186,7 +201,8 @@ def _train_here(options: argparse.Namespace, config: Config | None = None) -> in
 
 def _train_until(options: argparse.Namespace, config: Config | None, stopping: Stopping) -> int:
     from shardtune.assemble.data import check_model_path, read_texts
-    from shardtune.run_folder import is_finished, set_aside
+    from shardtune.assemble.run_again import finished
+    from shardtune.config_file import places
     from shardtune.world import check_launcher, join_world, launched_rank, launched_ranks
 
     config = config or _config(options)
@@ -194,13 +210,10 @@ def _train_until(options: argparse.Namespace, config: Config | None, stopping: S
     ranks, rank = launched_ranks() or 1, launched_rank()
     _check_ranks(config, ranks)
     check_model_path(config)
-    folder = Path(config.runs) / config.name
-    if config.checkpoint.resume == "auto" and is_finished(folder):
+    said = finished(config)
+    if said is not None:
         if rank == 0:
-            print(f"{folder}: this run is finished; its result is in {folder / 'final'}.")
-            for change in _changes(config, folder / "config.yaml"):
-                print(f"  it was trained with {change}")
-            print("Give checkpoint.resume=never to set it aside and start anew, or another name.")
+            print("\n".join(said))
         return 0
     corpus = read_texts(config) if ranks == 1 else None
     world = join_world()
@@ -210,41 +223,21 @@ def _train_until(options: argparse.Namespace, config: Config | None, stopping: S
             read: list[Any] = []
             world.first_does("texts", lambda: read.append(read_texts(config)))
             corpus = read[0] if read else None
-        from shardtune.assemble.resuming import Beginning
-        from shardtune.checkpoint.finding import newest_good
-        from shardtune.checkpoint.reading import open_checkpoint
-
-        path = newest_good(folder / "checkpoints", world, lambda text: print(text, file=sys.stderr))
-        beginning = Beginning(open_checkpoint(path)) if path else Beginning()
-        if path is None:
-            old = world.first_does("folder", lambda: _moved(set_aside(folder)))
-            if old and world.is_first:
-                print(f"{folder}: what was there is now in {old}", file=sys.stderr)
-
         from shardtune.assemble.quiet import quiet_libraries
+        from shardtune.assemble.resuming import begin_at
         from shardtune.assemble.run import train_run
 
-        with quiet_libraries():
-            last_words = train_run(config, world, corpus, sys.argv, stopping, beginning)
+        place = places(options.config, options.overrides)
+        beginning = begin_at(config, world, lambda text: print(text, file=sys.stderr), place)
+        try:
+            with quiet_libraries():
+                last_words = train_run(config, world, corpus, sys.argv, stopping, beginning)
+        finally:
+            beginning.release()
         if world.is_first:
             print(last_words, flush=True)
     world.close()  # not after an error: it would wait for collectives that will never end
     return 0
-
-
-def _changes(config: Config, file: Path) -> list[str]:
-    """How the config in `file` differs from this one, a line for each key; what cannot be read does not differ."""
-    from shardtune.config_file import flat, load_config
-
-    try:
-        now, then = flat(config), flat(load_config(file, []))
-    except ConfigError:
-        return []
-    return [f"{key}: {then.get(key)}, not {now.get(key)}" for key in {**then, **now} if then.get(key) != now.get(key)]
-
-
-def _moved(path: Path | None) -> str | None:
-    return str(path) if path is not None else None
 
 
 def _check_ranks(config: Config, ranks: int) -> None:

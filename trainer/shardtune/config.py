@@ -228,10 +228,18 @@ class DurationConfig(Section):
         return None if self.minutes is None else 60 * self.minutes
 
 
+def _every_form(value: object) -> str:
+    return "<time>" if isinstance(value, str) else "<steps>"
+
+
 class CheckpointConfig(Section):
     """What is saved during the run, so that it can go on after anything; also once at the end."""
 
-    every: Positive | Annotated[str, Field(pattern=r"^[0-9]*[1-9][0-9]*(s|m|h)$")] = 500
+    every: Annotated[
+        Annotated[Positive, Tag("<steps>")]
+        | Annotated[str, Field(pattern=r"^[0-9]*[1-9][0-9]*(s|m|h)$"), Tag("<time>")],
+        Discriminator(_every_form),
+    ] = 500
     """Steps between two checkpoints; or time: 30s, 10m, 2h."""
     keep: Positive = 3
     """How many are kept; older ones are removed when a newer one has been verified."""

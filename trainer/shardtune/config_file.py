@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -109,6 +109,15 @@ def load_config(path: Path, overrides: list[str]) -> Config:
     if config is None or source.problems:
         raise ConfigError("\n".join(source.problems))
     return config
+
+
+def places(path: Path, overrides: list[str]) -> Callable[[str], str]:
+    """Where each dotted key of a config that `load_config` has read was given: `FILE:LINE`, or the command line."""
+    source = Source(str(path))
+    _read_file(path, source)
+    for override in overrides:
+        _apply_override(override, source)
+    return lambda key: source.place(tuple(key.split(".")))
 
 
 def dump_config(config: Config) -> str:
@@ -281,6 +290,8 @@ def _explain(detail: ErrorDetails, source: Source) -> None:
         )
     elif kind == "literal_error":
         message = _not_one_of(given, re.findall(r"'([^']*)'|\b(True|False)\b", context["expected"]))
+    elif kind == "string_pattern_mismatch" and name == "checkpoint.every":
+        message = f"{_show(given)} should be a whole number of steps, or of seconds, minutes or hours: 30s, 10m, 2h"
     elif kind == "string_pattern_mismatch":
         message = f"{_show(given)} should be letters, digits, '.', '_' and '-', beginning with a letter or a digit"
     elif kind in {"too_short", "too_long"}:

@@ -113,7 +113,10 @@ class Evaluator:
         for path in self._folder.glob("step-*-*.jsonl"):
             number = path.name.split("-")[1]
             if number.isdecimal() and int(number) > step:
-                path.unlink(missing_ok=True)
+                try:
+                    path.unlink(missing_ok=True)
+                except OSError as error:
+                    raise StorageError(f"{path}: cannot be removed: {error.strerror or error}") from error
 
     def _predictions(self, split: Split, written: dict[int, str]) -> list[Prediction]:
         return [

@@ -30,6 +30,24 @@ def is_finished(folder: Path) -> bool:
     return (folder / "final").is_dir()
 
 
+def keep_result(folder: Path, step: int) -> Path | None:
+    """Renames final/, of a run that was finished at `step` and goes on; None where there is none.
+
+    Raises StorageError where that cannot be done.
+    """
+    final = folder / "final"
+    if not final.is_dir():
+        return None
+    kept, number = folder / f"final-step-{step}", 1
+    while kept.exists():
+        number += 1
+        kept = folder / f"final-step-{step}-{number}"
+    try:
+        return final.rename(kept)
+    except OSError as error:
+        raise StorageError(f"{final}: cannot be renamed: {error.strerror or error}") from error
+
+
 def set_aside(folder: Path) -> Path | None:
     """Renames an existing folder to <name>.old-1 (or -2, …) and returns the new path; None where there is none.
 

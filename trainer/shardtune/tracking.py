@@ -76,7 +76,7 @@ class MetricsFile:
 
 
 def _cut_back(path: Path, step: int) -> list[dict[str, Any]]:
-    """Leaves the lines up to `step`, and returns them; whenever it is interrupted, the file is the old or the new one."""
+    """Leaves the lines up to `step`, and returns them. Whenever it is interrupted, the file is the old or the new."""
     kept: list[dict[str, Any]] = []
     texts: list[bytes] = []
     for text in path.read_bytes().splitlines(keepends=True) if path.exists() else []:

@@ -68,7 +68,7 @@ def train_run(
     config = take_over(config)
     prepared = prepare(config, world, corpus)
     identity = identify(config, prepared, world)
-    changes = beginning.check(config, identity)
+    changes = beginning.check(config, identity, world)
     tuned = tuned_model(config, world, prepared, saved)
     # One rank decides: cards may differ, and all must choose alike.
     dtype = DTYPES[config.model.dtype]
@@ -97,7 +97,7 @@ def train_run(
     reporter = Reporter(
         folder, world, state, course.total_steps, course.examples_of, config.tracking.every, config.evaluation.every,
         config.tracking.tensorboard, evaluator, evaluated_splits(prepared, config.evaluation.examples),
-        config.model_dump(mode="json"), config.duration.seconds, saved is not None,
+        config.model_dump(mode="json"), config.duration.seconds, beginning.goes_on,
     )  # fmt: skip
     reporter.progress.say(said)
     for change in changes:

@@ -13,5 +13,6 @@ A folder `checkpoints/step-00000500` holds
   writes it.
 
 It is written as `checkpoints/.step-00000500.partial-TOKEN` and renamed when all of it is on the disk. What is found
-damaged is renamed to `step-00000500.damaged` (or .damaged-2, …) and never read again.
+damaged is renamed to `step-00000500.damaged` (or .damaged-2, …) and never read again; what a run goes back behind, to
+`step-00000500.undone`.
 """

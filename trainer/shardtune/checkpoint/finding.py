@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from shardtune.checkpoint.contents import read_contents
 from shardtune.checkpoint.manifest import problems
 from shardtune.checkpoint.names import DAMAGED, PARTIAL, WHOLE
-from shardtune.errors import CheckpointError
+from shardtune.errors import CheckpointError, StorageError
 
 if TYPE_CHECKING:
     from shardtune.world import World
@@ -89,6 +89,22 @@ def reasons_against(path: Path) -> list[str]:
     return found or _unfitting(path)
 
 
+def set_aside_newer(folder: Path, step: int, say: Callable[[str], None]) -> None:
+    """Renames the checkpoints of later steps to step-….undone (-2, …), on the first rank, and says so.
+
+    Raises StorageError where that cannot be done.
+    """
+    for path, later in reversed(called(folder, WHOLE)):  # so that the rest is the same run, if this is interrupted
+        if later <= step:
+            return
+        aside = _free(path, "undone")
+        try:
+            path.rename(aside)
+        except OSError as error:
+            raise StorageError(f"{path}: cannot be set aside: {error.strerror or error}") from error
+        say(f"warning: the run goes back to step {step:,}; {path} is now {aside.name}, and may be removed")
+
+
 def bytes_in(path: Path) -> int:
     """Of the files in a folder; 0 of what is none."""
     try:
@@ -156,10 +172,7 @@ def _unfitting(path: Path) -> list[str]:
 
 def _set_aside(path: Path, reasons: list[str], say: Callable[[str], None]) -> bool:
     """Renames a damaged checkpoint and says so, or why not."""
-    aside, number = path.with_name(f"{path.name}.damaged"), 1
-    while os.path.lexists(aside):
-        number += 1
-        aside = path.with_name(f"{path.name}.damaged-{number}")
+    aside = _free(path, "damaged")
     lines = "".join(f"\n  {reason}" for reason in reasons)
     try:
         path.rename(aside)
@@ -168,6 +181,15 @@ def _set_aside(path: Path, reasons: list[str], say: Callable[[str], None]) -> bo
         outcome = f"could not be set aside ({error.strerror or error})"
     say(f"warning: {path} is damaged, and {outcome}; an older one is looked for:{lines}")
     return not os.path.lexists(path)
+
+
+def _free(path: Path, ending: str) -> Path:
+    """The path with an ending, and a number where that is taken."""
+    free, number = path.with_name(f"{path.name}.{ending}"), 1
+    while os.path.lexists(free):
+        number += 1
+        free = path.with_name(f"{path.name}.{ending}-{number}")
+    return free
 
 
 def _refuse(path: Path, reasons: list[str]) -> None:
