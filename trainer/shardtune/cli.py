@@ -17,6 +17,7 @@ from shardtune.exit_codes import guarded, leave
 
 if TYPE_CHECKING:
     from shardtune.config import Config
+    from shardtune.stopping import Stopping
 
 STRATEGIES = ("auto", "single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
 
@@ -177,6 +178,13 @@ def _train(options: argparse.Namespace) -> int:
 
 def _train_here(options: argparse.Namespace, config: Config | None = None) -> int:
     """One rank, in this process."""
+    from shardtune.stopping import Stopping
+
+    with Stopping() as stopping:
+        return _train_until(options, config, stopping)
+
+
+def _train_until(options: argparse.Namespace, config: Config | None, stopping: Stopping) -> int:
     from shardtune.assemble.data import check_model_path, read_texts
     from shardtune.run_folder import is_finished, set_aside
     from shardtune.world import check_launcher, join_world, launched_rank, launched_ranks
@@ -202,15 +210,22 @@ def _train_here(options: argparse.Namespace, config: Config | None = None) -> in
             read: list[Any] = []
             world.first_does("texts", lambda: read.append(read_texts(config)))
             corpus = read[0] if read else None
-        old = world.first_does("folder", lambda: _moved(set_aside(folder)))
-        if old and world.is_first:
-            print(f"{folder}: what was there is now in {old}", file=sys.stderr)
+        from shardtune.assemble.resuming import Beginning
+        from shardtune.checkpoint.finding import newest_good
+        from shardtune.checkpoint.reading import open_checkpoint
+
+        path = newest_good(folder / "checkpoints", world, lambda text: print(text, file=sys.stderr))
+        beginning = Beginning(open_checkpoint(path)) if path else Beginning()
+        if path is None:
+            old = world.first_does("folder", lambda: _moved(set_aside(folder)))
+            if old and world.is_first:
+                print(f"{folder}: what was there is now in {old}", file=sys.stderr)
 
         from shardtune.assemble.quiet import quiet_libraries
         from shardtune.assemble.run import train_run
 
         with quiet_libraries():
-            last_words = train_run(config, world, corpus, sys.argv)
+            last_words = train_run(config, world, corpus, sys.argv, stopping, beginning)
         if world.is_first:
             print(last_words, flush=True)
     world.close()  # not after an error: it would wait for collectives that will never end

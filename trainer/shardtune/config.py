@@ -222,14 +222,16 @@ class DurationConfig(Section):
     minutes: Annotated[float, Field(gt=0.0)] | None = None
     """Minutes since the first step, evaluating and saving included; the learning rate falls with them."""
 
-
-EVERY = r"^[0-9]*[1-9][0-9]*(s|m|h)$"
+    @property
+    def seconds(self) -> float | None:
+        """None where `minutes` is not given."""
+        return None if self.minutes is None else 60 * self.minutes
 
 
 class CheckpointConfig(Section):
     """What is saved during the run, so that it can go on after anything; also once at the end."""
 
-    every: Positive | Annotated[str, Field(pattern=EVERY)] = 500
+    every: Positive | Annotated[str, Field(pattern=r"^[0-9]*[1-9][0-9]*(s|m|h)$")] = 500
     """Steps between two checkpoints; or time: 30s, 10m, 2h."""
     keep: Positive = 3
     """How many are kept; older ones are removed when a newer one has been verified."""
@@ -238,6 +240,18 @@ class CheckpointConfig(Section):
     resume: Annotated[str, Field(min_length=1)] = "auto"
     """auto: go on from the newest good checkpoint of the run's folder, begin where there is none; never: set an old
     folder aside and begin anew; a path: go on from that checkpoint."""
+
+    @property
+    def every_steps(self) -> int | None:
+        """None where `every` is a time."""
+        return self.every if isinstance(self.every, int) else None
+
+    @property
+    def every_seconds(self) -> float | None:
+        """None where `every` is a number of steps."""
+        if isinstance(self.every, int):
+            return None
+        return float(self.every[:-1]) * {"s": 1, "m": 60, "h": 3600}[self.every[-1]]
 
 
 MetricName = Literal["rouge", "bleu", "chrf", "exact_match", "accuracy", "macro_f1", "perplexity"]

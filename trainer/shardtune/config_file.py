@@ -321,7 +321,6 @@ def _without_tags(location: tuple[int | str, ...]) -> tuple[str, ...]:
 
 
 def _unknown_key(key: tuple[str, ...], source: Source) -> str:
-    name = ".".join(key)
     known = keys_of(Config, source.values)
     siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == ".".join(key[:-1])]
     here = difflib.get_close_matches(key[-1], siblings, 1, 0.75)

@@ -52,8 +52,10 @@ class Evaluator:
         beams: int,
         batch_examples: int,
         folder: Path,
+        told_to_stop: Callable[[], str | None],
     ) -> None:
-        """`folder`: where predictions go, as step-<N>-<split>.jsonl."""
+        """`folder`: where predictions go, as step-<N>-<split>.jsonl. `told_to_stop`: why this process is to end, if it
+        is."""
         self._task = task
         self._strategy = strategy
         self._world = world
@@ -61,21 +63,27 @@ class Evaluator:
         self._how = Generation(max_new_tokens, beams, in_step=strategy.in_step)
         self._batch_examples = batch_examples
         self._folder = folder
+        self._told_to_stop = told_to_stop
 
     def run(
         self, step: int | str, split: Split, advance: Callable[[int], None]
-    ) -> tuple[dict[str, float], list[Prediction]]:
+    ) -> tuple[dict[str, float], list[Prediction]] | None:
         """The loss and the metrics, and the predictions in the split's order; both empty but on the first rank.
 
-        `advance` is told how many examples (of all ranks) were judged.
+        `advance` is told how many examples (of all ranks) were judged. None, on every rank: one was told to stop
+        meanwhile, and nothing is written.
         """
         table, task = split.table, self._task
         longest_first = np.lexsort((-table.lengths[: split.examples, 1], -table.lengths[: split.examples, 0]))
         mine = deal(longest_first, self._world.size, self._batch_examples)[self._world.rank]
         loss_sum = targets = 0.0
+        stopping = False
         written: list[tuple[int, str]] = []
         with self._strategy.evaluating() as model:
             for positions in mine:
+                stopping = self._world.sum([float(self._told_to_stop() is not None)])[0] > 0
+                if stopping:
+                    break
                 examples = [table[int(position)] for position in positions]
                 batch = task.collate(examples) if examples else task.collate([table[0]]).blank()
                 if examples or self._strategy.in_step:
@@ -85,6 +93,8 @@ class Evaluator:
                         texts = task.predict(model, examples or [table[0]], self._how)
                         written += zip(positions.tolist(), texts, strict=False)
                 advance(len(positions) * self._world.size)
+        if stopping:
+            return None
         loss_sum, targets = self._world.sum([loss_sum, targets])
         parts = self._world.gather(written)
         if not self._world.is_first:
@@ -97,6 +107,13 @@ class Evaluator:
             scores |= score(self._metrics, [p.prediction for p in predictions], [p.reference for p in predictions])
             self._write(step, split.name, predictions)
         return scores, predictions
+
+    def forget_after(self, step: int) -> None:
+        """Removes the predictions of later steps, on the first rank: the run has gone back."""
+        for path in self._folder.glob("step-*-*.jsonl"):
+            number = path.name.split("-")[1]
+            if number.isdecimal() and int(number) > step:
+                path.unlink(missing_ok=True)
 
     def _predictions(self, split: Split, written: dict[int, str]) -> list[Prediction]:
         return [

@@ -10,7 +10,15 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from shardtune.errors import ConfigError, FailedElsewhere, NumbersError, RankError, ShardtuneError, StorageError
+from shardtune.errors import (
+    ConfigError,
+    FailedElsewhere,
+    NumbersError,
+    RankError,
+    ShardtuneError,
+    Stopped,
+    StorageError,
+)
 from shardtune.world import launched_local_rank, launched_rank, launched_ranks
 
 FOUND_BY_ALL = (ConfigError, NumbersError)
@@ -35,6 +43,10 @@ def guarded(work: Callable[[], int]) -> int:
         return work()
     except FailedElsewhere as error:
         return _leave_second(error)
+    except Stopped as error:
+        if launched_rank() == 0:
+            print(f"shardtune: stopped (exit code {error.exit_code})\n{error}", file=sys.stderr, flush=True)
+        return error.exit_code
     except ShardtuneError as error:
         return _failed(error)
     except KeyboardInterrupt:

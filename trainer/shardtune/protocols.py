@@ -352,8 +352,8 @@ class Strategy(Protocol):
         ...
 
     def restore(self, saved: Saved) -> None:
-        """What the optimizer keeps, after `prepare` with the parameters of the same checkpoint; saved by any strategy on
-        any number of ranks. All ranks call it."""
+        """Takes what the optimizer keeps, after `prepare` with the parameters of the same checkpoint; saved by any
+        strategy on any number of ranks. All ranks call it."""
         ...
 
     def drop(self) -> None:

@@ -5,6 +5,7 @@ The only file that reads the variables that launchers set.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -23,6 +24,8 @@ if TYPE_CHECKING:  # torch takes seconds to import, and errors in the config or 
 
 POLL_SECONDS = 0.1
 READERS_SECONDS = 10.0
+LAUNCHER = "SHARDTUNE_LAUNCHER"
+"""The variable in which `shardtune train` tells its ranks which process it is."""
 SILENCE_LIMIT = timedelta(minutes=30)
 
 
@@ -143,14 +146,16 @@ class World:
                 raise RankError(f"rank {self.rank}: another rank has ended; its own message says why") from None
             raise
 
-    def seed_everything(self, seed: int) -> None:
-        """Seeds the random streams of this rank (dropout differs between ranks, weights do not use these)."""
+    def seed_everything(self, seed: int, step: int = 0) -> None:
+        """Seeds the random streams of this rank from `step` on (dropout differs between ranks, weights do not use
+        these)."""
         import numpy as np
         import torch
 
-        random.seed(seed * 1_000_003 + self.rank)
-        np.random.seed((seed * 1_000_003 + self.rank) % 2**32)
-        torch.manual_seed(seed * 1_000_003 + self.rank)
+        own = int.from_bytes(hashlib.sha256(f"{seed} {step} {self.rank}".encode()).digest()[:7], "big")
+        random.seed(own)
+        np.random.seed(own % 2**32)
+        torch.manual_seed(own)
 
     def close(self) -> None:
         """Leaves the process group, once all others are here too: the store may live in this process."""
@@ -187,6 +192,11 @@ def launched_rank() -> int:
 def launched_local_rank() -> int:
     """Which of this machine's ranks the process is."""
     return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def launched_by() -> int | None:
+    """The process that has started this rank, where its launcher is ours; others do not say."""
+    return int(os.environ[LAUNCHER]) if LAUNCHER in os.environ else None
 
 
 def check_launcher() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from shardtune.config import Config
 from shardtune.errors import ConfigError
+from shardtune.tuning_config import TuningConfig
 
 KINDS = {
     "prefix": "PREFIX_TUNING", "prompt": "PROMPT_TUNING", "p_tuning": "P_TUNING",
@@ -67,14 +68,19 @@ def open_earlier(folder: Path) -> Earlier:
     return Earlier(folder, settings)
 
 
-def take_over(config: Config) -> Config:
+def take_over(config: Config, resumed: Mapping[str, Any] | None = None) -> Config:
     """The config with the options that the earlier adapter has and the config's file does not give.
 
-    Raises ConfigError where one that is given differs, or the adapter is of another method.
+    `resumed`: the `tuning` of the resolved config of a run that is gone on with; it has them, and the adapter, which
+    may be gone, is not read. Raises ConfigError where one that is given differs, or the adapter is of another method.
     """
     folder = folder_of(config)
     if folder is None:
         return config
+    if resumed is not None:
+        tuning = config.tuning
+        taken = {name: resumed[name] for name in OPTIONS if name in resumed and _is_open(tuning, name)}
+        return config.model_copy(update={"tuning": tuning.model_copy(update=taken)})
     earlier = open_earlier(folder)
     method, kind = config.tuning.method, earlier.settings.get("peft_type")
     if kind != KINDS.get(method, "LORA"):
@@ -95,10 +101,15 @@ def _options(config: Config, earlier: Earlier) -> Iterator[tuple[str, Any]]:
             theirs = theirs.lower()
         if theirs in (None, -1):  # PEFT's own choice, as our null
             continue
-        if option not in tuning.model_fields_set or ours is None:
+        if _is_open(tuning, option):
             yield option, theirs
         elif option not in MATCHED and ours != theirs:
             raise ConfigError(
                 f"tuning.{option}: is {ours}, but that of the adapter in {earlier.folder} is {theirs}; give the same, "
                 "or leave the key out"
             )
+
+
+def _is_open(tuning: TuningConfig, option: str) -> bool:
+    """Whether the config's file leaves it to the adapter."""
+    return option not in tuning.model_fields_set or getattr(tuning, option) is None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from shardtune.assemble.parts import DTYPES, saved_labels
 from shardtune.assemble.prepared import name_labels
@@ -68,11 +69,7 @@ def base_model(
     """
     settings = config.model
     architecture = load_architecture(settings.path, config.task.kind, settings.trust_remote_code)
-    newly_trained = (settings.tokenizer or "").startswith("train:")
-    fit_config(architecture, tokenizer, newly_trained)
-    labels = saved_labels(folder)
-    if labels:
-        name_labels(architecture, labels)
+    fit_to(architecture, config, tokenizer, saved_labels(folder))
     skeleton = build_skeleton(
         architecture, settings.path, config.task.kind, settings.weights == "pretrained", settings.attention,
         settings.layers, settings.trust_remote_code,
@@ -87,3 +84,12 @@ def base_model(
         weights = QuantizedWeights(model, weights, device, lambda scales: scales)
     materialize(model, weights, device)
     return model, skeleton.stored_dtype
+
+
+def fit_to(
+    architecture: PreTrainedConfig, config: Config, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]
+) -> None:
+    """Gives the architecture the vocabulary and the labels of a run's result."""
+    fit_config(architecture, tokenizer, (config.model.tokenizer or "").startswith("train:"))
+    if labels:
+        name_labels(architecture, labels)

@@ -17,6 +17,7 @@ from shardtune.assemble.run import train_run
 from shardtune.config_file import load_config
 from shardtune.data.corpus import Corpus
 from shardtune.exit_codes import guarded, leave
+from shardtune.stopping import Stopping
 from shardtune.world import World, join_world
 
 
@@ -25,10 +26,11 @@ def train_many(files: Sequence[str]) -> int:
 
     Raises ShardtuneError with the first run that fails.
     """
-    world = join_world()
-    with world.others_may_end():
-        _train_each(files, world)
-    world.close()
+    with Stopping():  # there is nothing to save: a rank that is told to stop leaves at once
+        world = join_world()
+        with world.others_may_end():
+            _train_each(files, world)
+        world.close()
     return 0
 
 
@@ -43,7 +45,7 @@ def _train_each(files: Sequence[str], world: World) -> None:
             read: list[Corpus] = []
             world.first_does("texts", lambda config=config, read=read: read.append(read_texts(config)))
             with quiet_libraries():
-                train_run(config, world, read[0] if read else None, sys.argv)
+                train_run(config, world, read[0] if read else None, sys.argv, Stopping())
         if world.is_first:
             sys.stdout.write(f"[{number}/{len(files)}] {config.name}: {time.monotonic() - begun:.1f} s\n")
             sys.stdout.flush()

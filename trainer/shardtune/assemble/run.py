@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import os
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -23,107 +24,169 @@ from shardtune.assemble.parts import (
     make_strategy,
     metric_names,
 )
-from shardtune.assemble.prepared import evaluated_splits, prepare
-from shardtune.assemble.steps import make_course, make_stream, make_stream_course
+from shardtune.assemble.prepared import Prepared, evaluated_splits, keep_tokenizer, prepare
+from shardtune.assemble.resuming import FRESH, Beginning
+from shardtune.assemble.saving import how_to_go_on, identify, restore, saved_weights, snapshots, state_of
+from shardtune.assemble.steps import Course, make_course, make_stream, make_stream_course
 from shardtune.assemble.stored import Stored, describe_stored, stored
-from shardtune.assemble.tuned import tuned_model
+from shardtune.assemble.tuned import Tuned, tuned_model
 from shardtune.assemble.words import counted, device_name, facts, last_words
+from shardtune.boundary import Boundaries
+from shardtune.checkpoint.names import FOLDER
+from shardtune.checkpoint.reading import Checkpoint
+from shardtune.checkpoint.saver import Saver
 from shardtune.config import Config
 from shardtune.config_file import dump_config
 from shardtune.data.corpus import Corpus
-from shardtune.errors import DataError, FailedElsewhere
+from shardtune.data.stream import Stream
+from shardtune.errors import NumbersError, Stopped
 from shardtune.evaluation import Evaluator
 from shardtune.loop import train
-from shardtune.optim.schedule import clip_scale, learning_rate
+from shardtune.optim.schedule import clip_scale, learning_rate, learning_rate_by_time
+from shardtune.protocols import Strategy
 from shardtune.reporting import Reporter
 from shardtune.result import write_result
 from shardtune.state import TrainingState
+from shardtune.stopping import Stopping
 from shardtune.world import World
 
 
-def train_run(config: Config, world: World, corpus: Corpus | None, command_line: Sequence[str]) -> str:
+def train_run(
+    config: Config,
+    world: World,
+    corpus: Corpus | None,
+    command_line: Sequence[str],
+    stopping: Stopping,
+    beginning: Beginning = FRESH,
+) -> str:
     """Trains and writes the run's folder; `corpus` is given on the first rank. Returns what to say at the end.
 
     Raises ShardtuneError, each with its exit code.
     """
-    folder = Path(config.runs) / config.name
+    folder, saved = Path(config.runs) / config.name, beginning.saved
     check_device(config, world)
     config = take_over(config)
     prepared = prepare(config, world, corpus)
-    tuned = tuned_model(config, world, prepared)
-    tuning, model, weights, dtype = tuned.tuning, tuned.model, tuned.weights, DTYPES[config.model.dtype]
+    identity = identify(config, prepared, world)
+    changes = beginning.check(config, identity)
+    tuned = tuned_model(config, world, prepared, saved)
     # One rank decides: cards may differ, and all must choose alike.
-    kind = world.first_does("strategy", lambda: choose_strategy(config.strategy, model, world, dtype))
+    dtype = DTYPES[config.model.dtype]
+    kind = world.first_does("strategy", lambda: choose_strategy(config.strategy, tuned.model, world, dtype))
     said = facts(config, world, prepared, tuned, kind)
-    strategy = make_strategy(kind, model, world, dtype, config.strategy.offload, config.strategy.nvme)
-    strategy.prepare(model, weights, make_optimizer_recipe(config.optimizer, model, tuning))
-    if config.data.batching == "packed":
-        vocabulary = prepared.architecture.get_text_config().vocab_size
-        check_isolation(prepared.task, strategy, vocabulary, world.device, dtype != torch.float32, config.model.path)
-    model.train()
-    world.seed_everything(config.seed)
+    strategy = _placed(config, world, prepared, tuned, kind, saved)
+    course, stream = _course(config, world, prepared)
+    state = state_of(saved) if saved is not None else TrainingState()
+    task, in_loop = tuned.tuning.in_training(prepared.task, strategy, course.total_steps or 0, world)
+    if saved is None:
+        world.seed_everything(config.seed)
+    else:
+        restore(saved, in_loop, world, config.seed)
 
-    devices = world.gather(device_name(world.device))
-    held = world.gather(list(stored(model)))
+    devices, held = world.gather(device_name(world.device)), world.gather(list(stored(tuned.model)))
     claim = None
     if world.is_first:
         environment = run_folder.environment(list(command_line), kind, devices)
         environment["stored_bytes"] = [Stored(*rank)._asdict() for rank in held]
-        claim = run_folder.begin(folder, dump_config(config), environment)
-    state = TrainingState()
-    stream = None
-    if config.data.streaming:
-        own_task = copy.deepcopy(prepared.task)  # a tokenizer's settings change while it is used: not in two threads
-        stream = make_stream(config, own_task)
-        steps, total_steps, examples_of = make_stream_course(config, world, own_task, stream)
-    else:
-        table = prepared.tables["train"]
-        steps, total_steps, examples_of = make_course(config, world, prepared.task, table, prepared.train_counts)
+        claim = beginning.claim(folder, dump_config(config), environment)
+        keep_tokenizer(prepared, folder / run_folder.TOKENIZER)
     evaluator = Evaluator(
         prepared.task, strategy, world, metric_names(config), config.evaluation.max_new_tokens,
-        config.evaluation.beams, judged_at_once(config.batch), folder / "predictions",
+        config.evaluation.beams, judged_at_once(config.batch), folder / "predictions", stopping.told,
     )  # fmt: skip
     reporter = Reporter(
-        folder, world, state, total_steps, examples_of, config.tracking.every, config.evaluation.every,
+        folder, world, state, course.total_steps, course.examples_of, config.tracking.every, config.evaluation.every,
         config.tracking.tensorboard, evaluator, evaluated_splits(prepared, config.evaluation.examples),
-        config.model_dump(mode="json"),
+        config.model_dump(mode="json"), config.duration.seconds, saved is not None,
     )  # fmt: skip
     reporter.progress.say(said)
-    if tuning.quantization is not None:
+    for change in changes:
+        reporter.progress.say(change)
+    if tuned.tuning.quantization is not None:
         reporter.progress.say(describe_stored([Stored(*rank) for rank in held]))
-    rate_of = functools.partial(
-        learning_rate, total_steps=total_steps, peak=config.optimizer.lr,
-        schedule=config.optimizer.schedule, warmup=config.optimizer.warmup,
+    saver = Saver(
+        folder / FOLDER, world, config.checkpoint.keep, config.checkpoint.background,
+        snapshots(config, world, state, in_loop, tuned, kind, identity, course.total_steps, beginning.began_from),
+        reporter.progress.say,
     )  # fmt: skip
+    boundaries = Boundaries(
+        state, world, saver, config.checkpoint.every_steps, config.checkpoint.every_seconds,
+        config.duration.seconds, stopping.told, lambda: how_to_go_on(folder, state),
+    )  # fmt: skip
+    rate_of = _rate(config, course)
     begun = time.monotonic()
     try:
-        if config.evaluation.baseline and total_steps > 0:
+        stopping.training()
+        if config.evaluation.baseline and course.total_steps != 0 and saved is None:
             reporter.evaluate()
+        reporter.make_up()
         train(
-            state, total_steps, steps, *tuning.in_training(prepared.task, strategy, total_steps, world), world, rate_of,
-            functools.partial(clip_scale, max_grad_norm=config.optimizer.max_grad_norm),
+            state, sys.maxsize if course.total_steps is None else course.total_steps, course.steps, task, in_loop,
+            world, rate_of, functools.partial(clip_scale, max_grad_norm=config.optimizer.max_grad_norm), boundaries,
             reporter.after_step,
         )  # fmt: skip
+        boundaries.end()
         if stream is not None and stream.noted:
             reporter.progress.say(f"in the stream, as far as it was read: {counted(stream.noted)}")
-        reporter.evaluate()
-        updated = any(rate_of(step) > 0 for step in range(total_steps))
+        went_on = reporter.after_training()
+        saver.finish()
+        if not went_on:
+            raise Stopped(how_to_go_on(folder, state))
         for note in write_result(
-            folder / "final", model, strategy, weights, prepared.tokenizer, prepared.labels,
-            tuned.skeleton.stored_dtype, tuning, tuned.shapes, updated, world,
+            folder / "final", tuned.model, strategy, tuned.weights, prepared.tokenizer, prepared.labels,
+            tuned.skeleton.stored_dtype, tuned.tuning, tuned.shapes, _updated(rate_of, state, course), world,
         ):  # fmt: skip
             reporter.progress.say(f"warning: {note}")
-    except DataError as error:  # of a stream, which every rank reads, each perhaps from a file of its own
-        if not world.first_to_say("stream"):
-            raise FailedElsewhere(error.exit_code) from None
-        raise DataError(
-            f"{error}\nThis was found after {state.step} of {total_steps} steps. Their metrics and evaluations are in "
-            f"{folder}; no weights were kept, as this version writes no checkpoints"
-        ) from error
+    except NumbersError as error:  # what was saved before is good, and may still be on its way to the disk
+        saver.finish()
+        raise NumbersError(f"{error}\n{saver.kept()}") from error
     finally:
-        steps.close()
+        course.steps.close()
+        saver.close()
         reporter.close()
         if claim is not None:
             os.close(claim)
     world.first_does("written", lambda: None)  # nobody leaves before the result is there
     return last_words(folder, config, reporter.before_and_after(), time.monotonic() - begun)
+
+
+def _placed(
+    config: Config, world: World, prepared: Prepared, tuned: Tuned, kind: str, saved: Checkpoint | None
+) -> Strategy:
+    """The strategy `kind` with the model and its values, in training mode."""
+    model, dtype = tuned.model, DTYPES[config.model.dtype]
+    weights = saved_weights(saved, model, tuned.weights) if saved is not None else tuned.weights
+    strategy = make_strategy(kind, model, world, dtype, config.strategy.offload, config.strategy.nvme)
+    strategy.prepare(model, weights, make_optimizer_recipe(config.optimizer, model, tuned.tuning))
+    if config.data.batching == "packed":
+        vocabulary = prepared.architecture.get_text_config().vocab_size
+        check_isolation(prepared.task, strategy, vocabulary, world.device, dtype != torch.float32, config.model.path)
+    model.train()
+    return strategy
+
+
+def _course(config: Config, world: World, prepared: Prepared) -> tuple[Course, Stream | None]:
+    """The steps, and the stream that they come from, if so."""
+    if not config.data.streaming:
+        table = prepared.tables["train"]
+        return make_course(config, world, prepared.task, table, prepared.train_counts), None
+    own_task = copy.deepcopy(prepared.task)  # a tokenizer's settings change while it is used: not in two threads
+    stream = make_stream(config, own_task)
+    return make_stream_course(config, world, own_task, stream), stream
+
+
+def _rate(config: Config, course: Course) -> Callable[[TrainingState], float]:
+    """The learning rate of the step that begins at a state."""
+    peak, schedule, warmup = config.optimizer.lr, config.optimizer.schedule, config.optimizer.warmup
+    total, limit = course.total_steps, config.duration.seconds
+    if total is not None:
+        return lambda state: learning_rate(state.step, total, peak, schedule, warmup)
+    assert limit is not None
+    return lambda state: learning_rate_by_time(state.step, state.seconds, limit, peak, schedule, warmup)
+
+
+def _updated(rate_of: Callable[[TrainingState], float], state: TrainingState, course: Course) -> bool:
+    """Whether there was a step with a learning rate above 0; by time the first one may have had none."""
+    if course.total_steps is None:
+        return state.step > 1
+    return any(rate_of(TrainingState(step=step)) > 0 for step in range(state.step))

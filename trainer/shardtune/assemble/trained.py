@@ -52,8 +52,11 @@ def evaluate(config: Config, corpus: Corpus, folder: Path | None, split_name: st
         evaluator = Evaluator(
             of_tasks(config, prepared.task), strategy, world, metric_names(config), config.evaluation.max_new_tokens,
             config.evaluation.beams, judged_at_once(config.batch), Path(config.runs) / config.name / "predictions",
+            told_to_stop=lambda: None,
         )  # fmt: skip
-        scores, _ = evaluator.run("final", found[0], lambda examples: None)
+        judged = evaluator.run("final", found[0], lambda examples: None)
+        assert judged is not None  # nobody told it to stop
+        scores, _ = judged
     world.close()
     rows = [[split_name, key, f"{value:.4f}"] for key, value in scores.items()]
     count = found[0].examples

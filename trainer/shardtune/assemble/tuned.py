@@ -23,7 +23,7 @@ from shardtune.model.packed_attention import keep_apart
 from shardtune.model.quantized import quantize_layers
 from shardtune.model.quantized_weights import QuantizedWeights
 from shardtune.model.skeleton import Skeleton, build_skeleton
-from shardtune.protocols import Tuning, Weights
+from shardtune.protocols import Saved, Tuning, Weights
 from shardtune.task.chat import Chat
 from shardtune.tuning.eva import Eva
 from shardtune.world import World
@@ -42,15 +42,19 @@ class Tuned(NamedTuple):
     notes: list[str]
 
 
-def tuned_model(config: Config, world: World, prepared: Prepared) -> Tuned:
+def tuned_model(config: Config, world: World, prepared: Prepared, saved: Saved | None = None) -> Tuned:
     """Builds the model and applies `tuning.method`; all ranks call it.
 
+    `saved`: the checkpoint of a run that is gone on with, whose values for the trained parameters the caller puts over
+    `weights`: then what these began as is not sought anew, and `tuning.from` is not read.
     Raises ConfigError where the method does not fit the model.
     """
     sources = [source.path for source in config.data.sources]
     tuning = make_tuning(config.tuning, config.task.kind, prepared.tokenizer, sources, config.seed)
     build = functools.partial(make_skeleton, config, prepared, config.model.path, config.model.weights == "pretrained")
-    if isinstance(tuning, Eva):
+    if saved is not None:
+        tuning.recall(saved)
+    elif isinstance(tuning, Eva):
         observe_inputs(tuning, config, world, build, prepared.task, prepared.tables["train"], prepared.train_counts)
     skeleton = build()
     if isinstance(prepared.task, Chat):
@@ -78,7 +82,7 @@ def tuned_model(config: Config, world: World, prepared: Prepared) -> Tuned:
             "not hold the new ones. Use tuning.method: full, or the model's own tokenizer"
         )
     weights, notes = tuning.initial(model, initial, world), [*tuning.notes(), *task_notes(config)]
-    if (earlier := folder_of(config)) is not None:
+    if saved is None and (earlier := folder_of(config)) is not None:
         weights, taken = begin_with(earlier, config.tuning.method, tuning, model, weights, prepared.labels)
         notes += taken
     if tuning.quantization is not None:

@@ -17,7 +17,7 @@ from shardtune.data.tables import cache_folder
 from shardtune.errors import DataError, StorageError
 from shardtune.protocols import Text
 
-VERSION = 2
+VERSION = 3
 """Of what is remembered, and of how texts are read: a change of either needs another number."""
 JUDGED = ("validation", "test")
 
@@ -27,6 +27,8 @@ class Corpus:
 
     def __init__(self, facts: dict[str, Any], judged: dict[str, list[Text]], read: Callable[[], Splits]) -> None:
         self.fingerprint: str = facts["fingerprint"]
+        """As in Splits."""
+        self.train_fingerprint: str = facts["train_fingerprint"]
         """As in Splits."""
         self.train_counts: list[int] = facts["train_counts"]
         """As in Splits."""
@@ -70,6 +72,7 @@ def load_corpus(key: Callable[[], str | None], read: Callable[[], Splits], label
     facts = {
         "version": VERSION,
         "fingerprint": splits.fingerprint,
+        "train_fingerprint": splits.train_fingerprint,
         "train_counts": splits.train_counts,
         "judged_counts": splits.judged_counts,
         "dropped": splits.dropped,

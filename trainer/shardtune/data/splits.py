@@ -32,6 +32,8 @@ class Splits:
     source also stand in train (these are kept)."""
     fingerprint: str
     """SHA-256, in hex, of all sources and targets in order with their splits."""
+    train_fingerprint: str
+    """The same of `train` alone."""
     train_counts: list[int]
     """How many examples of `train` are from each of its sources, which come one after the other."""
     judged_counts: dict[str, list[int]] = field(default_factory=dict)
@@ -80,6 +82,7 @@ def read_splits(
             repeated = len(parts[split]) - len(_without(parts[split], _contents(parts["train"])))
             if repeated:
                 dropped[f"{split} examples also in train"] += repeated
+    fingerprint, train_fingerprint = fingerprints_of(parts)
     judged_counts = {}
     if validation is None and test is None:
         kept = {name: {id(example) for example in parts[name]} for name in NAMES[1:]}
@@ -90,7 +93,8 @@ def read_splits(
     return Splits(
         **parts,
         dropped=dict(dropped),
-        fingerprint=fingerprint_of(parts),
+        fingerprint=fingerprint,
+        train_fingerprint=train_fingerprint,
         train_counts=counts,
         judged_counts=judged_counts,
     )
@@ -187,11 +191,13 @@ def _without(examples: Iterable[Text], contents: set[bytes]) -> list[Text]:
     return [example for example in examples if _content(example) not in contents]
 
 
-def fingerprint_of(parts: dict[str, list[Text]]) -> str:
-    """SHA-256, in hex, of all sources and targets in order with their splits."""
-    digest = hashlib.sha256()
+def fingerprints_of(parts: dict[str, list[Text]]) -> tuple[str, str]:
+    """SHA-256, in hex, of all sources and targets in order with their splits; and that of the training examples."""
+    digest, train = hashlib.sha256(), ""
     for name in NAMES:
         digest.update(f"{name} {len(parts[name])}\n".encode())
         for example in parts[name]:
             digest.update(_content(example))
-    return digest.hexdigest()
+        if name == "train":
+            train = digest.hexdigest()
+    return digest.hexdigest(), train

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from shardtune.data.fields import Dropped, Fields, texts
 from shardtune.data.sources import rows
-from shardtune.data.splits import Splits, fingerprint_of, split_of
+from shardtune.data.splits import Splits, fingerprints_of, split_of
 from shardtune.errors import DataError
 from shardtune.protocols import Encoded, Text, Tokens
 
@@ -228,7 +228,7 @@ def read_judged(
     if not parts["train"]:
         raise DataError(nothing_usable(train, dropped))
     parts["train"] = []
-    return Splits([], parts["validation"], parts["test"], {}, fingerprint_of(parts), train_counts=[])
+    return Splits([], parts["validation"], parts["test"], {}, *fingerprints_of(parts), train_counts=[])
 
 
 def nothing_usable(sources: Sequence[str], dropped: Dropped) -> str:

@@ -207,7 +207,7 @@ def build_skeleton(
     model.tie_weights()
     entries: dict[str, Entry] = {}
     if pretrained:
-        folder = _weights_folder(path)
+        folder = weights_folder(path)
         entries = entries_by_parameter(model, open_files(find_files(folder)), layers, str(folder))
         _keep_apart(model, own, entries)
         if task == "classification":
@@ -276,7 +276,7 @@ def _fill_buffers(model: PreTrainedModel, entries: dict[str, Entry]) -> None:
             buffer.copy_(entry.read(0, buffer.numel()).view(buffer.shape))
 
 
-def _weights_folder(path: str) -> Path:
+def weights_folder(path: str) -> Path:
     """The local folder of the weights; from the hub they are fetched into its cache, without pickles."""
     if Path(path).is_dir():
         return Path(path)

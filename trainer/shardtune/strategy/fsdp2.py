@@ -12,10 +12,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from shardtune.protocols import MakeOptimizer, Shard, Weights
+from shardtune.protocols import VALUE, MakeOptimizer, Piece, Saved, Shard, Weights
 from shardtune.strategy.gradients import scale_in_place, sharded_norm
 from shardtune.strategy.parameters import fill, fill_buffers, replace_parameters, trained_parameters
-from shardtune.strategy.updates import Updates, local_rows, make_updates
+from shardtune.strategy.updates import Updates, local_rows, make_updates, rows_before
 from shardtune.world import World
 
 
@@ -61,7 +61,7 @@ class Fsdp2:
             sharded = cast(DTensor, parameter.data)
             meta = sharded.to_local()
             local = torch.empty(meta.shape, dtype=meta.dtype, device=resting)
-            fill(local, weights, name, self._start(sharded))
+            fill(local, weights, name, rows_before(sharded, self._world))
             whole = DTensor.from_local(
                 local, mesh, sharded.placements, run_check=False, shape=sharded.shape, stride=sharded.stride()
             )
@@ -128,22 +128,31 @@ class Fsdp2:
     def shards(self) -> Iterator[Shard]:
         """Rows of each parameter; a rank may have none of a small one."""
         for name, parameter in trained_parameters(self.model):
-            sharded = cast(DTensor, parameter.detach())
-            local = sharded.to_local().view(-1).float()
-            gradient = cast(DTensor, parameter.grad).to_local().view(-1) if parameter.grad is not None else None
+            local = local_rows(parameter).view(-1)
+            gradient = local_rows(parameter.grad).view(-1) if parameter.grad is not None else None
             if local.numel():
-                yield Shard(name, self._start(sharded), local, gradient)
+                yield Shard(name, rows_before(parameter, self._world), local.float(), gradient)
 
     def overwrite(self, name: str, value: Tensor) -> None:
         """Each rank sets its rows."""
-        sharded = cast(DTensor, self.model.get_parameter(name).detach())
-        local = sharded.to_local().view(-1)
-        local.copy_(value.flatten().narrow(0, min(self._start(sharded), value.numel()), local.numel()))
+        parameter = self.model.get_parameter(name)
+        local = local_rows(parameter).view(-1)
+        start = min(rows_before(parameter, self._world), value.numel())
+        local.copy_(value.flatten().narrow(0, start, local.numel()))
 
-    def _start(self, sharded: DTensor) -> int:
-        """Where this rank's rows begin in the flattened parameter."""
-        rows_before = -(-sharded.shape[0] // self._world.size) * self._world.rank  # torch.chunk's split
-        return rows_before * sharded.shape[1:].numel()
+    def pieces(self) -> Iterator[Piece]:
+        """The rows of each parameter that this rank has, and what it updates them with."""
+        assert self._updates is not None
+        for name, parameter in trained_parameters(self.model):
+            local = local_rows(parameter).view(-1)
+            if local.numel():
+                yield Piece(name, VALUE, tuple(parameter.shape), rows_before(parameter, self._world), local)
+        yield from self._updates.pieces()
+
+    def restore(self, saved: Saved) -> None:
+        """Each rank reads what it updates its rows with."""
+        assert self._updates is not None
+        self._updates.restore(saved)
 
     def drop(self) -> None:
         """Nothing else holds it."""

@@ -57,10 +57,17 @@ def set_learning_rate(optimizer: Any, lr: float) -> None:
 
 @contextmanager
 def averaged(optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
-    """The optimizer's parameters hold the values to evaluate and keep: schedule-free ones train at another point."""
-    switch = hasattr(optimizer, "eval")
-    if switch:
-        cast(Any, optimizer).eval()
+    """The optimizer's parameters hold the values to evaluate and keep: schedule-free ones train at another point.
+
+    Afterwards they are as before, bit for bit: back from the average the optimizer itself would come only nearly.
+    """
+    if optimizer is None or not hasattr(optimizer, "eval"):
+        yield
+        return
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    before = [parameter.detach().clone() for parameter in parameters]
+    cast(Any, optimizer).eval()
     yield
-    if switch:
-        cast(Any, optimizer).train()
+    cast(Any, optimizer).train()
+    for parameter, value in zip(parameters, before, strict=True):
+        parameter.detach().copy_(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from shardtune.memory import pages_of_their_own
 from shardtune.protocols import Weights
 
-PIECE = 1 << 24
+READ_AT_ONCE = 1 << 24
 """Elements read at once: bounds what loading holds beside the parameters themselves."""
 
 
@@ -33,10 +34,15 @@ def replace_parameters(model: nn.Module, make: Callable[[str, nn.Parameter], nn.
 
 def fill(out: Tensor, weights: Weights, name: str, start: int = 0) -> None:
     """Copies the elements of parameter `name` from `start` on into `out`, which is contiguous."""
+    read_into(out, functools.partial(weights.read, name), start)
+
+
+def read_into(out: Tensor, read: Callable[[int, int], Tensor], start: int) -> None:
+    """Copies what `read` gives from element `start` on into `out`, which is contiguous."""
     flat = out.detach().view(-1)
-    for low in range(0, flat.numel(), PIECE):
-        high = min(low + PIECE, flat.numel())
-        flat[low:high].copy_(weights.read(name, start + low, start + high))
+    for low in range(0, flat.numel(), READ_AT_ONCE):
+        high = min(low + READ_AT_ONCE, flat.numel())
+        flat[low:high].copy_(read(start + low, start + high))
 
 
 def materialize(model: nn.Module, weights: Weights, device: torch.device) -> None:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from shardtune.protocols import MakeOptimizer, Shard, Weights
+from shardtune.protocols import VALUE, MakeOptimizer, Piece, Saved, Shard, Weights
 from shardtune.strategy.gradients import averaged, scale_in_place, set_learning_rate, squared_norm
+from shardtune.strategy.optimizer_state import Part, restore_state, state_pieces, whole_part
 from shardtune.strategy.parameters import materialize, trained_parameters
 from shardtune.world import World
 
@@ -49,6 +50,7 @@ class Replicated:
                 init_sync=False,
                 gradient_as_bucket_view=True,
             )
+            _settle_buckets(self.model)
 
     @contextmanager
     def forward(self, last: bool) -> Iterator[None]:
@@ -95,15 +97,38 @@ class Replicated:
 
     def shards(self) -> Iterator[Shard]:
         """Every rank has all of it, and takes its share."""
-        rank, ranks = self._world.rank, self._world.size
         for name, parameter in trained_parameters(self._module):
-            share = slice(parameter.numel() * rank // ranks, parameter.numel() * (rank + 1) // ranks)
+            share = self._share(parameter.numel())
             gradient = parameter.grad.view(-1)[share] if parameter.grad is not None else None
-            yield Shard(name, share.start, parameter.detach().view(-1)[share].float(), gradient)
+            if share.start < share.stop:
+                yield Shard(name, share.start, parameter.detach().view(-1)[share].float(), gradient)
 
     def overwrite(self, name: str, value: Tensor) -> None:
         """Every rank sets all of it."""
         self._module.get_parameter(name).data.copy_(value)
+
+    def pieces(self) -> Iterator[Piece]:
+        """Every rank has all of it, and takes its share of every tensor."""
+        for piece in (*self._values(), *state_pieces(self._optimizer, self._parts())):
+            share = self._share(piece.values.numel())
+            if share.start < share.stop:
+                yield piece._replace(start=share.start, values=piece.values[share])
+
+    def restore(self, saved: Saved) -> None:
+        """Every rank reads all of it."""
+        restore_state(self._optimizer, self._parts(), saved)
+
+    def _values(self) -> Iterator[Piece]:
+        for name, parameter in trained_parameters(self._module):
+            yield Piece(name, VALUE, tuple(parameter.shape), 0, parameter.detach().view(-1))
+
+    def _parts(self) -> list[Part]:
+        return [whole_part(name, p.shape, 0, p) for name, p in trained_parameters(self._module)]
+
+    def _share(self, elements: int) -> slice:
+        """Which of so many this rank takes; the first rank has the first."""
+        rank, ranks = self._world.rank, self._world.size
+        return slice(-(-elements * rank // ranks), -(-elements * (rank + 1) // ranks))
 
     def drop(self) -> None:
         """Nothing else holds it."""
@@ -114,3 +139,19 @@ class Replicated:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self._world.device.type, dtype=torch.bfloat16, enabled=self._dtype == torch.bfloat16)
+
+
+def _settle_buckets(model: DistributedDataParallel) -> None:
+    """Has the buckets in which gradients are summed made now, and for good, with the gradients in them.
+
+    DDP would sum the first step's gradients in one bucket, and then make smaller ones in the order in which it saw
+    gradients come. On three ranks or more it depends on the buckets in which order the ranks' parts of an element are
+    added, and gradients that are not in a bucket yet are not divided but multiplied by a rounded reciprocal: so a
+    first step after a resume would differ in the last bit. A backward pass of zeros, in the order in which gradients
+    are to be expected, takes the place of the first step.
+    """
+    model.reducer.prepare_for_backward([])
+    trained = [parameter for parameter in model.module.parameters() if parameter.requires_grad]
+    for parameter in reversed(trained):
+        parameter.backward(torch.zeros_like(parameter))
+    model.reducer._rebuild_buckets()

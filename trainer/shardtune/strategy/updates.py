@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from shardtune.protocols import MakeOptimizer
+from shardtune.protocols import MakeOptimizer, Piece, Saved
 from shardtune.strategy.gradients import averaged, set_learning_rate
+from shardtune.strategy.optimizer_state import restore_state, state_pieces, whole_part
 from shardtune.world import World
 
 Named = list[tuple[str, nn.Parameter]]
@@ -27,6 +28,14 @@ class Updates(Protocol):
 
     def averaged(self) -> AbstractContextManager[None]:
         """A context in which the rows hold the values to evaluate and keep."""
+        ...
+
+    def pieces(self) -> Iterator[Piece]:
+        """This rank's part of what the optimizer keeps."""
+        ...
+
+    def restore(self, saved: Saved) -> None:
+        """What the optimizer keeps, from a checkpoint."""
         ...
 
 
@@ -46,6 +55,10 @@ class RowUpdates:
         named = [name for name, _, local in rows if local.numel()]
         own = [(name, local) for name, (_, local) in zip(named, self._rows, strict=True)]
         self._optimizer = make_optimizer(own) if own else None
+        self._parts = [
+            whole_part(name, parameter.shape, rows_before(parameter, world), local)
+            for name, (parameter, local) in zip(named, self._rows, strict=True)
+        ]
 
     def step(self, lr: float) -> None:
         """No communication."""
@@ -62,6 +75,14 @@ class RowUpdates:
         """See `averaged`."""
         with averaged(self._optimizer):
             yield
+
+    def pieces(self) -> Iterator[Piece]:
+        """Of its rows."""
+        yield from state_pieces(self._optimizer, self._parts)
+
+    def restore(self, saved: Saved) -> None:
+        """Of its rows."""
+        restore_state(self._optimizer, self._parts, saved)
 
 
 class WholeUpdates:
@@ -85,6 +106,7 @@ class WholeUpdates:
                 self._owned[name] = nn.Parameter(local_rows(parameter).new_empty(parameter.shape))
         own = [(name, self._owned[name]) for name, _ in parameters if name in self._owned]
         self._optimizer = make_optimizer(own) if own else None
+        self._parts = [whole_part(name, whole.shape, 0, whole) for name, whole in own]
         self._release()
 
     def step(self, lr: float) -> None:
@@ -106,14 +128,23 @@ class WholeUpdates:
         self._release()
 
     def _release(self) -> None:
-        """The optimizer knows the parameters that it updates by these objects; their values are with all ranks."""
+        """The optimizer knows the parameters that it updates by these objects; their values are with all ranks. They
+        keep their shapes, but no memory."""
         for whole in self._owned.values():
-            whole.data = whole.data.new_empty(0)
+            whole.data = whole.data.new_empty(()).expand(whole.shape)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """The optimizers that need whole parameters have no average."""
         yield
+
+    def pieces(self) -> Iterator[Piece]:
+        """Of the parameters that it is the owner of."""
+        yield from state_pieces(self._optimizer, self._parts)
+
+    def restore(self, saved: Saved) -> None:
+        """Of the parameters that it is the owner of."""
+        restore_state(self._optimizer, self._parts, saved)
 
     def _gather(self, sharded: Tensor, owner: int) -> Tensor | None:
         """The whole tensor, on its owner."""
@@ -141,3 +172,8 @@ class WholeUpdates:
 def local_rows(tensor: Tensor) -> Tensor:
     """This rank's rows of a DTensor: the memory itself, without a gradient."""
     return cast(DTensor, tensor.detach())._local_tensor
+
+
+def rows_before(sharded: Tensor, world: World) -> int:
+    """Where this rank's rows of a DTensor begin in the flattened whole."""
+    return -(-sharded.shape[0] // world.size) * world.rank * sharded.shape[1:].numel()  # torch.chunk's split

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from shardtune.protocols import Strategy, Task
+from shardtune.protocols import Saved, Strategy, Task
 from shardtune.tuning.orthogonality import Orthogonal
 from shardtune.tuning.peft_adapter import LinearAdapter, has_transposed
 from shardtune.tuning.rank_allocation import Allocating, Allocator, Schedule, Update
@@ -53,6 +53,7 @@ class Adalora(LinearAdapter):
         self._betas = betas
         self._orthogonality = orthogonality
         self._model: Any = None
+        self._steps: int | None = None
 
     def peft_config(self, model: PreTrainedModel) -> AdaLoraConfig:
         """PEFT's settings, but for the steps of the schedule, which are not known yet."""
@@ -85,14 +86,26 @@ class Adalora(LinearAdapter):
         self._model = wrapped
         return wrapped
 
+    def remembered(self) -> dict[str, Any]:
+        """The steps whose shares the schedule is."""
+        return {"steps": self._steps}
+
+    def recall(self, saved: Saved) -> None:
+        """Takes the steps."""
+        self._steps = saved.tuning["steps"]
+
     def in_training(self, task: Task, strategy: Strategy, total_steps: int, world: World) -> tuple[Task, Strategy]:
-        """The same with the penalty and the allocation of ranks; the settings learn the steps of the schedule."""
+        """The same with the penalty and the allocation of ranks; the settings learn the steps of the schedule.
+
+        A run that is gone on with, and may be longer now, keeps the schedule that it began with.
+        """
         from peft.tuners.adalora import SVDLinear
 
         if not total_steps:
             return task, strategy
-        end = min(max(1, round(self._end * total_steps)), total_steps)
-        begin = min(round(self._begin * total_steps), end - 1)
+        scheduled = self._steps = self._steps or total_steps
+        end = min(max(1, round(self._end * scheduled)), scheduled)
+        begin = min(round(self._begin * scheduled), end - 1)
         layers: dict[str, Any] = {
             name: module for name, module in self._model.named_modules() if isinstance(module, SVDLinear)
         }
@@ -102,7 +115,7 @@ class Adalora(LinearAdapter):
         schedule = Schedule(begin, end, self._interval)
         allocator = Allocator(updates, self._initial_rank, self._rank, schedule, self._betas, world)
         config = self._model.peft_config["default"]
-        config.total_step, config.tinit, config.tfinal = total_steps, begin, total_steps - end
+        config.total_step, config.tinit, config.tfinal = scheduled, begin, scheduled - end
 
         def remember(kept: Mapping[str, list[bool]]) -> None:
             config.rank_pattern = {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from shardtune.protocols import Weights
+from shardtune.protocols import Saved, Weights
 from shardtune.tuning.initial_values import InitialValues, adapted_layers
 from shardtune.tuning.lora import Lora
 from shardtune.tuning.targets import matching
@@ -39,7 +39,7 @@ class Eva(Lora):
     """Implements the Tuning protocol: A begins with the first principal directions of the layer's inputs, B as 0.
 
     Layers compete for ranks by the variance that their directions explain; alpha / r is the same for all. What the
-    inputs are must be known before `apply`: see `watch` and `begin_with`.
+    inputs are must be known before `apply`: see `watch` and `begin_with`, or `recall`.
     """
 
     def __init__(
@@ -74,6 +74,14 @@ class Eva(Lora):
         LoRA."""
         self._begin = dict(components)
         self._ranks = {name: len(rows) for name, rows in components.items()}
+
+    def remembered(self) -> dict[str, Any]:
+        """The layers' ranks."""
+        return {"ranks": self._ranks}
+
+    def recall(self, saved: Saved) -> None:
+        """Takes the ranks; what A began with is of no use any more."""
+        self._ranks = saved.tuning["ranks"]
 
     def choose(self, model: PreTrainedModel) -> list[str]:
         """The layers of `targets` that have got a rank."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from shardtune.protocols import Weights
+from shardtune.protocols import Saved, Weights
 from shardtune.tuning.initial_values import (
     AdaptedLayer,
     Factors,
@@ -25,6 +25,8 @@ class Loftq(Lora):
     not the quantized model that others load. Targets that are not quantized begin as in LoRA.
     """
 
+    _gone_on_with = False
+
     def apply(self, model: nn.Module) -> nn.Module:
         """As LoRA. Raises ConfigError where a layer has fewer singular values than the rank."""
         tuned = super().apply(model)
@@ -33,6 +35,8 @@ class Loftq(Lora):
 
     def initial(self, model: nn.Module, weights: Weights, world: World) -> Weights:
         """A and B by singular value decompositions that the ranks divide."""
+        if self._gone_on_with:
+            return weights
         quantization = self.quantization
         assert quantization is not None
 
@@ -46,6 +50,10 @@ class Loftq(Lora):
         for layer, factors in zip(layers, factorize(layers, correction, world), strict=True):
             given |= {layer.down: factors.down, layer.up: factors.up}
         return InitialValues(weights, given)
+
+    def recall(self, saved: Saved) -> None:
+        """A and B are in the checkpoint, and need not be computed."""
+        self._gone_on_with = True
 
     def notes(self) -> list[str]:
         """What was matched, and what it begins as."""

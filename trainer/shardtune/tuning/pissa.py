@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shardtune.errors import ConfigError
-from shardtune.protocols import Adapter, Weights
+from shardtune.protocols import Adapter, Piece, Saved, Weights
 from shardtune.tuning.initial_values import (
     AdaptedLayer,
     Factors,
@@ -28,6 +28,8 @@ from shardtune.world import World
 
 OVERSAMPLING = 10
 """Directions that a randomized decomposition finds beside those asked for, which makes these more exact."""
+BEGAN = "pissa.began"
+"""What a checkpoint calls A₀ and B₀."""
 
 
 class Pissa(Lora):
@@ -49,6 +51,7 @@ class Pissa(Lora):
         super().__init__(task, rank, alpha, 0.0, targets, trained_dtype)
         self._iterations = iterations
         self._began: dict[str, Tensor] = {}
+        self._saved: Saved | None = None
 
     def apply(self, model: nn.Module) -> nn.Module:
         """As LoRA. Raises ConfigError where a layer has fewer singular values than the rank."""
@@ -67,17 +70,33 @@ class Pissa(Lora):
         return chosen
 
     def initial(self, model: nn.Module, weights: Weights, world: World) -> Weights:
-        """A₀ and B₀ by singular value decompositions that the ranks divide, and the base without their product."""
+        """A₀ and B₀ by singular value decompositions that the ranks divide, or those of the run that is gone on with;
+        and the base without their product."""
         layers = adapted_layers(model)
         rounded = self.trained_dtype  # so that exactly what is added is taken away
+        if self._saved is not None:
+            found = [_began(layer, self._saved) for layer in layers]
+        else:
+            found = factorize(layers, self._principal(weights, world), world)
         given, lowered = {}, {}
-        for layer, factors in zip(layers, factorize(layers, self._principal(weights, world), world), strict=True):
-            down, up = (part.to(rounded).float() for part in factors)
+        for layer, factors in zip(layers, found, strict=True):
+            down, up = (part.to(rounded) for part in factors)
             given |= {layer.down: down, layer.up: up}
-            product = (layer.scale * up, down)
+            product = (layer.scale * up.float(), down.float())
             lowered[layer.weight] = (product[1].T, product[0].T) if layer.transposed else product
         self._began = given
         return InitialValues(weights, given, lowered)
+
+    def recall(self, saved: Saved) -> None:
+        """A₀ and B₀ are read: found anew, by other software or on another device, they would be others, and so would
+        the frozen base."""
+        self._saved = saved
+
+    def pieces(self, world: World) -> Iterator[Piece]:
+        """A₀ and B₀, of which each rank brings its share."""
+        for name, value in self._began.items():
+            start, stop = (value.numel() * rank // world.size for rank in (world.rank, world.rank + 1))
+            yield Piece(name, BEGAN, tuple(value.shape), start, value.view(-1)[start:stop])
 
     def result(self, model: nn.Module, trained: dict[str, Tensor], initial: Weights) -> Adapter:
         """[A; A₀] and [B, -B₀], as PEFT's `path_initial_model_for_weight_conversion` gives."""
@@ -85,7 +104,7 @@ class Pissa(Lora):
         converted = dict(plain.tensors)
         for name, value in self._began.items():
             saved = name.replace(".default.", ".")
-            both = [converted[saved].float(), value] if ".lora_A." in name else [converted[saved].float(), -value]
+            both = converted[saved].float(), value.float() if ".lora_A." in name else -value.float()
             converted[saved] = torch.cat(both, dim=0 if ".lora_A." in name else 1)
         settings: Any = copy.copy(plain.settings)
         settings.r, settings.lora_alpha = 2 * self._rank, 2 * self._alpha
@@ -108,6 +127,14 @@ class Pissa(Lora):
             return weighted(left, values, right.T, layer.rank, layer.scale)
 
         return factors
+
+
+def _began(layer: AdaptedLayer, saved: Saved) -> Factors:
+    """A₀ and B₀ of a layer as a checkpoint has them."""
+    return Factors(
+        saved.read(layer.down, BEGAN, 0, layer.rank * layer.ins).view(layer.rank, layer.ins),
+        saved.read(layer.up, BEGAN, 0, layer.outs * layer.rank).view(layer.outs, layer.rank),
+    )
 
 
 def check_rank(layers: Sequence[AdaptedLayer]) -> None:

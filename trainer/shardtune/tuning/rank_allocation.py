@@ -9,14 +9,17 @@ its row of A and of its column of B.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from shardtune.protocols import Shard, Strategy
+from shardtune.protocols import Piece, Saved, Shard, Strategy
 from shardtune.world import World
+
+MEAN, UNCERTAINTY, KEPT = "adalora.mean", "adalora.uncertainty", "adalora.kept"
+"""What a checkpoint calls Ī and Ū of a parameter, and which triplets of an update are kept (with its E)."""
 
 
 class Schedule(NamedTuple):
@@ -81,6 +84,35 @@ class Allocator:
         mean = beta1 * mean + (1 - beta1) * importance
         uncertainty = beta2 * uncertainty + (1 - beta2) * (importance - mean).abs()
         self._smoothed[shard.name] = mean, uncertainty
+
+    def pieces(self, starts: Mapping[str, int]) -> Iterator[Piece]:
+        """What the next choices depend on; `starts` as in `choose`."""
+        for name, update in self._updates.items():
+            shapes = {
+                "lora_A": (self._rank, update.d_in),
+                "lora_B": (update.d_out, self._rank),
+                "lora_E": (self._rank, 1),
+            }
+            for factor, shape in shapes.items():
+                smoothed = self._smoothed.get(of := name % factor)
+                if smoothed is not None:
+                    yield Piece(of, MEAN, shape, starts[of], smoothed[0])
+                    yield Piece(of, UNCERTAINTY, shape, starts[of], smoothed[1])
+            if self.kept and self._world.is_first:
+                yield Piece(name % "lora_E", KEPT, (self._rank,), 0, torch.tensor(self.kept[name], dtype=torch.uint8))
+
+    def restore(self, saved: Saved, shards: Iterable[Shard]) -> None:
+        """Takes those of a checkpoint, for the parts that this rank has."""
+        for name, start, value, _ in shards:
+            if MEAN in saved.whats(name):
+                mean, uncertainty = (
+                    saved.read(name, what, start, start + len(value)).to(value.device) for what in (MEAN, UNCERTAINTY)
+                )
+                self._smoothed[name] = mean, uncertainty
+        if all(KEPT in saved.whats(name % "lora_E") for name in self._updates):
+            self.kept = {
+                name: saved.read(name % "lora_E", KEPT, 0, self._rank).bool().tolist() for name in self._updates
+            }
 
     def choose(self, step: int, starts: Mapping[str, int]) -> None:
         """Chooses the triplets to keep after step number `step`, if that is due; `starts`: where this rank's part of
@@ -148,6 +180,19 @@ class Allocating:
         """Everything else is the strategy's own."""
         return getattr(self._strategy, name)
 
+    def pieces(self) -> Iterator[Piece]:
+        """The strategy's, and what the choices depend on."""
+        yield from self._strategy.pieces()
+        yield from self._allocator.pieces({shard.name: shard.start for shard in self._shards()})
+
+    def restore(self, saved: Saved) -> None:
+        """The strategy's, what the choices depend on, and the last choice."""
+        self._strategy.restore(saved)
+        self._done = saved.step
+        self._allocator.restore(saved, self._shards())
+        if self._allocator.kept:
+            self._chosen(self._allocator.kept)
+
     def step(self, lr: float, scale: float) -> None:
         """The strategy's step, then E of the triplets removed becomes 0."""
         allocator, self._done = self._allocator, self._done + 1
@@ -155,12 +200,10 @@ class Allocating:
         gradients = {}
         if allocator.watches(self._done):
             gradients = {
-                shard.name: shard.gradient.float() * scale
-                for shard in self._strategy.shards()
-                if ".lora_" in shard.name and shard.gradient is not None
+                shard.name: shard.gradient.float() * scale for shard in self._shards() if shard.gradient is not None
             }
         self._strategy.step(lr, scale)
-        shards = [shard for shard in self._strategy.shards() if ".lora_" in shard.name]
+        shards = self._shards()
         for shard in shards:
             if shard.name in gradients:
                 allocator.observe(shard, gradients[shard.name])
@@ -171,3 +214,7 @@ class Allocating:
             for name, whole in allocator.gathered(shards).items():
                 whole[~torch.tensor(allocator.kept[name])] = 0.0
                 self._strategy.overwrite(name % "lora_E", whole)
+
+    def _shards(self) -> list[Shard]:
+        """Those of the updates."""
+        return [shard for shard in self._strategy.shards() if ".lora_" in shard.name]
