@@ -82,8 +82,5 @@ def open_files(files: Iterable[Path]) -> dict[str, Entry]:
             except NotWhole as error:
                 raise ConfigError(f"{path}: {error}") from None
         for name, stored in tensors.items():
-            dtype = DTYPES.get(stored.dtype)
-            if dtype is None:
-                raise ConfigError(f"{path}: {name} has dtype {stored.dtype}, which cannot be tuned from")
-            entries[name] = Entry(path, stored.begin, dtype, stored.shape)
+            entries[name] = Entry(path, stored.begin, DTYPES[stored.dtype], stored.shape)
     return entries
