@@ -7,6 +7,7 @@ random moments. Prints a JSON line of where it came to that; fails where a check
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -23,14 +24,11 @@ from shardtune.checkpoint.names import step_of
 def main() -> None:
     root, seed, how, count = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
     draw = random.Random(seed)
+    template = saves.two(root / how, seed)
     killed_at = []
     for number in range(1, count + 1):
         folder, mark = root / f"{how}-{number}" / "checkpoints", root / f"{how}-{number}.mark"
-        before = saves.Run(folder, saves.alone(), seed)
-        before.saver.save()
-        before.step = 20
-        before.saver.save(hurried=True)
-        before.saver.close()
+        shutil.copytree(template, folder)
         process = os.fork()
         if process == 0:
             if how == "operations":
