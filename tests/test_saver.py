@@ -234,7 +234,7 @@ def test_an_error_of_any_operation_on_the_disk_keeps_the_older(
     assert {"create", "write", "cut", "flush", "exchange", "rename", "unlink", "rmdir"} <= set(came_to), came_to
 
 
-@pytest.mark.parametrize(("how", "count"), [("operations", 99), ("random", 12)])
+@pytest.mark.parametrize(("how", "count"), [("operations", 99), ("random", 8)])
 def test_killed_while_saving(tmp_path: Path, seed: int, how: str, count: int):
     script = REPOSITORY / "tests" / "ranks" / "killed_while_saving.py"
     variables = {**environment(tmp_path), "PYTHONPATH": os.pathsep.join([str(REPOSITORY / "tests"), *sys.path])}

@@ -74,7 +74,8 @@ class Saver:
     ) -> None:
         """`folder`: where checkpoints are; what earlier attempts left unfinished in it is removed. `keep`: how many.
 
-        `background`: training goes on while a checkpoint is written. `say`: prints a line, on rank 0.
+        `background`: training goes on while a checkpoint is written; after the first step `snapshot` is then called
+        once more, for its size, to have the memory ready. `say`: prints a line, on rank 0.
         """
         self._folder = folder
         self._world = world
@@ -166,7 +167,7 @@ class Saver:
     def _start(self, size: int) -> tuple[Arena, Writer]:
         """Memory and process, from the first save, or the first step, on; and after a process was lost."""
         if self._arena is None:
-            self._arena = Arena(self._world.device)
+            self._arena = Arena(self._world.device, self._say if self._world.is_first else lambda _: None)
             self._arena.warm(size)
         if self._writer is not None and not self._writer.alive:
             self._end_writer()
