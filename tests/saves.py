@@ -45,7 +45,7 @@ class Run:
         self.said: list[str] = []
         self.tensors: dict[str, torch.Tensor] = {}
         for index in range(12):
-            count = int(torch.randint(0, scale, (), generator=draw)) if index else 0
+            count = int(torch.randint(9, scale, (), generator=draw)) if index else 0
             values = torch.randint(0, 2, (count,), generator=draw) + torch.rand(count, generator=draw) / 2
             self.tensors[f"rank{world.rank}.{index}"] = values.to(DTYPES[index % len(DTYPES)])
         self.folder = folder
@@ -53,7 +53,9 @@ class Run:
         self._world = world
 
     def snapshot(self) -> Snapshot:
-        pieces = [Piece(name, VALUE, (values.numel() + 7,), 7, values) for name, values in self.tensors.items()]
+        pieces = [Piece(name, VALUE, tuple(values.shape), 0, values) for name, values in self.tensors.items()]
+        half, rank = self.tensors[f"rank{self._world.rank}.2"][:9], self._world.rank
+        pieces.append(Piece("both", VALUE, (3, self._world.size * 3), rank * 9, half))
         pieces.append(Piece(f"rank{self._world.rank}.1", "step", (), 0, torch.tensor([float(self.step)])))
         state = {
             "step": self.step, "epoch": 0, "ranks": self._world.size, "tuning": {}, "strategy": "single",
@@ -80,3 +82,13 @@ class Run:
 def names(folder: Path) -> list[str]:
     """Of what is in a folder."""
     return sorted(path.name for path in folder.iterdir())
+
+
+def two(folder: Path, seed: int) -> Path:
+    """A folder with checkpoints of steps 10 and 20."""
+    run = Run(folder, alone(), seed)
+    run.saver.save()
+    run.step = 20
+    run.saver.save(hurried=True)
+    run.saver.close()
+    return folder

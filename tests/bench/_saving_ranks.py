@@ -23,7 +23,7 @@ from shardtune.world import World, join_world
 
 TENSOR_BYTES = 64 << 20
 CHUNK = 16 << 20
-WARMING_SECONDS = 5.0
+WARMING_SECONDS = 10.0
 Tensors = dict[str, torch.Tensor]
 
 
@@ -77,7 +77,7 @@ def main() -> None:
                 if number >= 0:
                     found[name].append(seconds)
                 if world.is_first:
-                    print(number, name, seconds, file=sys.stderr)
+                    print(f"bench: round {number + 1}, {name}: {seconds}", file=sys.stderr)
     clear(folder, world)
     if world.is_first:
         Path(settings["out"]).write_text(json.dumps({"sides": found, "first_stop": first_stop}), encoding="utf-8")
@@ -85,11 +85,10 @@ def main() -> None:
 
 
 def clear(folder: Path, world: World) -> None:
-    """Nothing of the side before is left to be written."""
+    """Nothing of the side before is left."""
     if world.is_first:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        os.sync()
     dist.barrier()
 
 

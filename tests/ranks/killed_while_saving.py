@@ -7,11 +7,13 @@ random moments. Prints a JSON line of where it came to that; fails where a check
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
 from pathlib import Path
 
+import launching
 import saves
 from shardtune.checkpoint import writer
 from shardtune.checkpoint.manifest import problems
@@ -23,16 +25,14 @@ from shardtune.checkpoint.names import step_of
 def main() -> None:
     root, seed, how, count = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
     draw = random.Random(seed)
+    template = saves.two(root / how, seed)
     killed_at = []
     for number in range(1, count + 1):
         folder, mark = root / f"{how}-{number}" / "checkpoints", root / f"{how}-{number}.mark"
-        before = saves.Run(folder, saves.alone(), seed)
-        before.saver.save()
-        before.step = 20
-        before.saver.save(hurried=True)
-        before.saver.close()
+        shutil.copytree(template, folder)
         process = os.fork()
         if process == 0:
+            os.environ[launching.MARK] = str(folder)  # of its write process
             if how == "operations":
                 writer.COMMAND[:] = saves.faulty("kill", number, mark)
             run = saves.Run(
@@ -51,38 +51,33 @@ def main() -> None:
             break
         killed_at.append(mark.read_text() if mark.exists() else ended)
         check(folder, seed)
+        if how == "random":
+            check_next(folder, seed)
     else:
         assert how == "random", "there are more operations than that"
     print(json.dumps(killed_at))
 
 
 def check(folder: Path, seed: int) -> None:
-    """What has the name of a checkpoint is one, there is one of step 20, and the next run leaves no rest."""
-    there = [path for path in folder.iterdir() if step_of(path) is not None]
-    assert 20 in map(step_of, there), there
-    for path in there:
-        assert not problems(path), problems(path)
-    end = time.monotonic() + 10
-    while writing(folder):
-        assert time.monotonic() < end, "the write process outlives the one that trains"
-        time.sleep(0.01)
+    """What has the name of a checkpoint is one, there is one of step 20, and the next run clears away the rest."""
+    gone = launching.wait_for(lambda: not launching.marked(str(folder)), 10)
+    assert gone, "the write process outlives the one that trains"
+    there = {path.name for path in folder.iterdir() if step_of(path) is not None}
+    assert "step-00000020" in there, there
+    for name in there:
+        assert not problems(folder / name), problems(folder / name)
+    saves.Run(folder, saves.alone(), seed).saver.close()
+    assert there == set(saves.names(folder)), saves.names(folder)
+
+
+def check_next(folder: Path, seed: int) -> None:
+    """The next run saves as if nothing had been."""
     after = saves.Run(folder, saves.alone(), seed, keep=1)
     after.step = 30
     after.saver.save()
     after.saver.finish()
     after.saver.close()
     assert saves.names(folder) == ["step-00000030"], saves.names(folder)
-
-
-def writing(folder: Path) -> bool:
-    """Whether any process has a file open there."""
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            if str(folder) in os.readlink(link):
-                return True
-        except OSError:
-            continue
-    return False
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import os
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,10 +23,11 @@ class Arena:
     Memory used for the first time is slow, as the system clears it and enters page after page.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        """`device`: what is copied from; for a GPU the memory is pinned."""
+    def __init__(self, device: torch.device, say: Callable[[str], None]) -> None:
+        """`device`: what is copied from; for a GPU the memory is pinned, or `say` is told that it cannot be."""
         self.descriptor = os.memfd_create("shardtune-checkpoint")
         self._device = device
+        self._say = say
         self._bytes = torch.empty(0, dtype=torch.uint8)
         self._pinned = False
         self._warming: threading.Thread | None = None
@@ -74,6 +76,8 @@ class Arena:
         if self._device.type == "cuda":
             with torch.cuda.device(self._device):
                 self._pinned = int(_cuda().cudaHostRegister(self._bytes.data_ptr(), self._bytes.numel(), 0)) == 0
+            if not self._pinned:
+                self._say("warning: memory for checkpoints cannot be pinned: training stops longer to copy to it")
 
     def _let_go(self) -> None:
         if self._pinned:

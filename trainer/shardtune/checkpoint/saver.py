@@ -19,7 +19,7 @@ from shardtune.checkpoint.finding import clear_partial
 from shardtune.checkpoint.layout import lay_out
 from shardtune.checkpoint.names import CONFIG, STATE, folder_name, partial_name, rank_file, step_of
 from shardtune.checkpoint.writer import Writer
-from shardtune.errors import FailedElsewhere, StorageError
+from shardtune.errors import CheckpointError, FailedElsewhere, StorageError
 from shardtune.protocols import Piece
 from shardtune.world import World
 
@@ -74,7 +74,8 @@ class Saver:
     ) -> None:
         """`folder`: where checkpoints are; what earlier attempts left unfinished in it is removed. `keep`: how many.
 
-        `background`: training goes on while a checkpoint is written. `say`: prints a line, on rank 0.
+        `background`: training goes on while a checkpoint is written; after the first step `snapshot` is then called
+        once more, for its size, to have the memory ready. `say`: prints a line, on rank 0.
         """
         self._folder = folder
         self._world = world
@@ -87,7 +88,8 @@ class Saver:
         self._save: _Save | None = None
         self._boundaries = 0
         if world.is_first:
-            clear_partial(folder)
+            with suppress(CheckpointError):  # the first save says what is wrong
+                clear_partial(folder)
 
     def asks(self) -> list[float]:
         """Whether this rank is done, has failed to store, has lost its process: at most one of them."""
@@ -154,9 +156,7 @@ class Saver:
 
     def close(self) -> None:
         """Ends this rank's process; what it was writing is given up. Never waits for other ranks."""
-        if self._writer is not None:
-            self._writer.end()
-            self._writer = None
+        self._end_writer()
         if self._arena is not None:
             self._arena.close()
             self._arena = None
@@ -167,11 +167,18 @@ class Saver:
     def _start(self, size: int) -> tuple[Arena, Writer]:
         """Memory and process, from the first save, or the first step, on; and after a process was lost."""
         if self._arena is None:
-            self._arena = Arena(self._world.device)
+            self._arena = Arena(self._world.device, self._say if self._world.is_first else lambda _: None)
             self._arena.warm(size)
-        if self._writer is None or not self._writer.alive:
+        if self._writer is not None and not self._writer.alive:
+            self._end_writer()
+        if self._writer is None:
             self._writer = Writer(self._arena.descriptor)
         return self._arena, self._writer
+
+    def _end_writer(self) -> None:
+        if self._writer is not None:
+            self._writer.end()
+            self._writer = None
 
     def _make_room(self, save: _Save) -> str:
         """Makes the folder to write to; what is wrong where that cannot be, or there is too little room."""
@@ -210,8 +217,7 @@ class Saver:
     def _give_up(self, save: _Save, why: str) -> None:
         """Nothing is left of it; where storage failed, nor is the run."""
         if self._writer is not None and (self._writer.busy or "lost" in save.answer):
-            self._writer.end()
-            self._writer = None
+            self._end_writer()
         told = self._world.gather(save.answer.get(why, ""))  # no rank writes any more when all are here
         self._save = None
         if self._world.is_first:

@@ -32,7 +32,7 @@ def write_file(path: Path, image: memoryview, size: int, verify: bool) -> str:
         files.cut(descriptor, size)
         files.flush(descriptor)
         hashing.join()
-        if verify and _digest_on_disk(descriptor) != digest.hexdigest():
+        if verify and _digest_on_disk(descriptor, size) != digest.hexdigest():
             raise OSError(errno.EIO, "what was read back is not what was written", str(path))
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
@@ -74,12 +74,21 @@ def _write(descriptor: int, data: memoryview) -> None:
         at += files.write(descriptor, data[at : at + CHUNK], at)
 
 
-def _digest_on_disk(descriptor: int) -> str:
+def _digest_on_disk(descriptor: int, size: int) -> str:
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # where the cache cannot be passed by
-    _past_cache(descriptor, True)
+    direct = _past_cache(descriptor, True)
     digest, at = hashlib.sha256(), 0
     with mmap.mmap(-1, CHUNK) as buffer:
-        while count := os.preadv(descriptor, [buffer], at):
+        while at < size:
+            try:
+                count = os.preadv(descriptor, [buffer], at)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not direct:
+                    raise
+                direct = _past_cache(descriptor, False)
+                continue
+            if not count:
+                break
             with memoryview(buffer)[:count] as data:
                 digest.update(data)
             at += count
