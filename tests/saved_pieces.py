@@ -21,7 +21,9 @@ def write(folder: Path, rank: int, step: int, pieces: Iterable[Piece]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors, places = {}, {}
     for piece in pieces:
-        assert piece.values.dim() == 1 and piece.values.is_contiguous() and piece.values.numel(), piece.name
+        assert piece.values.dim() == 1, piece.name
+        assert piece.values.is_contiguous(), piece.name
+        assert piece.values.numel(), piece.name
         key = f"{piece.name}#{piece.what}"
         assert key not in tensors, f"{key} twice"
         tensors[key], places[key] = piece.values.clone(), [piece.start, list(piece.shape)]
@@ -34,9 +36,8 @@ class SavedPieces:
     Raises AssertionError where an element is in no piece, or in two.
     """
 
-    tuning: dict[str, Any] = {}
-
     def __init__(self, folder: Path) -> None:
+        self.tuning: dict[str, Any] = {}
         self.tensors: dict[tuple[str, str], Tensor] = {}
         """By name and what, whole."""
         self.bytes: list[int] = []
@@ -53,11 +54,12 @@ class SavedPieces:
                     self.bytes[-1] += values.nbytes
                     whole = self.tensors.setdefault((name, what), torch.zeros(shape, dtype=values.dtype))
                     times = filled.setdefault((name, what), torch.zeros(whole.numel(), dtype=torch.int64))
-                    assert whole.shape == torch.Size(shape) and whole.dtype == values.dtype, key
+                    assert (whole.shape, whole.dtype) == (torch.Size(shape), values.dtype), key
                     whole.view(-1)[start : start + len(values)] = values
                     times[start : start + len(values)] += 1
         gaps = [key for key, times in filled.items() if not bool((times == 1).all())]
-        assert self.tensors and not gaps, f"{folder}: not once each: {gaps}"
+        assert self.tensors, folder
+        assert not gaps, f"{folder}: not once each: {gaps}"
 
     def whats(self, name: str) -> dict[str, tuple[int, ...]]:
         return {what: tuple(t.shape) for (of, what), t in self.tensors.items() if of == name}

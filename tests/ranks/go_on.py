@@ -6,7 +6,6 @@ step in FOLDER/NAME, and after step `save_at` in FOLDER/NAME-STEP.
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from saved_pieces import SavedPieces, write
 from shardtune.assemble.optimizers import make_optimizer_recipe
 from shardtune.assemble.parts import make_strategy
 from shardtune.assemble.quiet import quiet_libraries
-from shardtune.exit_codes import guarded
+from shardtune.exit_codes import guarded, leave
 from shardtune.model.dropout import quicken_dropout
 from shardtune.model.overlay import Overlay
 from shardtune.model.skeleton import build_skeleton, load_architecture
@@ -117,7 +116,7 @@ def run(case: Case, world: World, folder: Path) -> None:
             strategy.backward(loss)
             own += float(loss.detach())
         norm = strategy.grad_norm()
-        strategy.step(1e-2 * (1 + step), min(1.0, 0.5 / norm))
+        strategy.step(1e-3 * (1 + step), min(1.0, 0.5 / norm))
         losses.append((*world.sum([own]), norm))
         if step + 1 == case.evaluate_at:
             with strategy.evaluating() as model:
@@ -149,4 +148,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(functools.partial(main)))
+    leave(guarded(main))

@@ -235,7 +235,7 @@ class Zero:
         accumulated = self._accumulated
         if self._offload == "none":  # they may still wait for the last micro-batch
             accumulated = any(group for group in self._engine.optimizer.averaged_gradients.values())
-        for parameter, part in self._parts():
+        for _, parameter, part in self._parts():
             gradient = None
             if self._stage == 3:
                 value = cast(Tensor, safe_get_local_fp32_param(parameter)).detach().view(-1)[: part.elements]
@@ -268,27 +268,52 @@ class Zero:
 
     def pieces(self) -> Iterator[Piece]:
         """Of the master weights, and what they are updated with."""
-        parts = [part for _, part in self._parts()]
-        for part in parts:
-            yield Piece(part.name, VALUE, part.shape, part.start, part.values())
-        yield from state_pieces(self._engine.optimizer.optimizer, parts)
+        optimizer = self._engine.optimizer.optimizer
+        for index, own in self._groups():
+            with self._at_hand(index):
+                values = (Piece(part.name, VALUE, part.shape, part.start, part.values()) for part in own)
+                for piece in (*values, *state_pieces(optimizer, own)):
+                    if self._offload == "nvme":
+                        # The memory is that of the next group; and torch's optimizer has its step in float32.
+                        piece = piece._replace(values=piece.values.to(torch.float32, copy=True))
+                    yield piece
 
     def restore(self, saved: Saved) -> None:
         """Each rank reads what it updates its part of the master weights with."""
-        parts = [part for _, part in self._parts()]
         engine = self._engine.optimizer
-        if self._stage < 3:
-            restore_state(engine.optimizer, parts, saved)
-            return
-        for index, held in enumerate(engine.fp32_partitioned_groups_flat):
-            group = engine.optimizer.param_groups[engine.sub_group_to_group_id[index]]
-            group["params"] = [held]  # only meanwhile, as in DeepSpeed's own step
-            restore_state(engine.optimizer, [part for part in parts if part.held is held], saved)
-            group["params"] = []
+        for index, own in self._groups():
+            group = engine.optimizer.param_groups[engine.sub_group_to_group_id[index] if self._stage == 3 else index]
+            held, before = own[0].held, group["params"]
+            group["params"] = [held]  # only meanwhile, as in the step of DeepSpeed's stage 3
+            with self._at_hand(index, changed=True):
+                restore_state(engine.optimizer, own, saved)
+                state = engine.optimizer.state[held]
+                if self._offload == "nvme" and "step" in state:
+                    state["step"] = int(state["step"])
+            group["params"] = before
 
-    def _parts(self) -> Iterator[tuple[nn.Parameter, Part]]:
-        """Each trained parameter that this rank has a part of: under stage 3 a range of it; before, what lies in this
-        rank's range of all of them."""
+    def _groups(self) -> list[tuple[int, list[Part]]]:
+        """This rank's parts of the trained parameters, by the group of master weights that DeepSpeed has them in."""
+        groups: dict[int, list[Part]] = {}
+        for index, _, part in self._parts():
+            groups.setdefault(index, []).append(part)
+        return list(groups.items())
+
+    @contextmanager
+    def _at_hand(self, index: int, changed: bool = False) -> Iterator[None]:
+        """A group of master weights, and what the optimizer keeps of it, is in memory meanwhile; `changed`: where it
+        rests on a disk, it is written there again."""
+        engine = self._engine.optimizer
+        on_disk = self._offload == "nvme" and engine._swappable_optimizer_subgroup(index)
+        if on_disk:
+            engine._optimizer_states_and_gradient_swap_in(index)
+        yield
+        if on_disk:
+            (engine._optimizer_states_and_gradient_swap_out if changed else engine._release_swap_buffers)(index)
+
+    def _parts(self) -> Iterator[tuple[int, nn.Parameter, Part]]:
+        """Each trained parameter that this rank has a part of, with the number of the group of master weights that the
+        part is in. Under stage 3 it is a range of the parameter; before, what lies in this rank's range of all."""
         engine = self._engine.optimizer
         for name, parameter in trained_parameters(self._module):
             if self._stage == 3:
@@ -297,13 +322,14 @@ class Zero:
                 held = engine.fp32_partitioned_groups_flat[index]
                 part = Part(name, tuple(_full_shape(parameter)), own.start, held, offset, len(own))
             elif (fragment := _fragment(parameter)) is not None:
-                held = engine.single_partition_of_fp32_groups[fragment.param_group_index]
+                index = fragment.param_group_index
+                held = engine.single_partition_of_fp32_groups[index]
                 within, place = fragment.lp_fragment_address, fragment.hp_fragment_address
                 part = Part(name, tuple(parameter.shape), within.start, held, place.start, place.numel)
             else:
                 continue
             if part.elements:
-                yield parameter, part
+                yield index, parameter, part
 
     def _range(self, parameter: nn.Parameter) -> range:
         """This rank's part of a flattened parameter under stage 3."""
