@@ -38,7 +38,7 @@ from shardtune.config import Config
 from shardtune.config_file import dump_config
 from shardtune.data.corpus import Corpus
 from shardtune.data.stream import Stream
-from shardtune.errors import NumbersError
+from shardtune.errors import NumbersError, Stopped
 from shardtune.evaluation import Evaluator
 from shardtune.loop import train
 from shardtune.optim.schedule import clip_scale, learning_rate
@@ -126,8 +126,10 @@ def train_run(
         boundaries.end()
         if stream is not None and stream.noted:
             reporter.progress.say(f"in the stream, as far as it was read: {counted(stream.noted)}")
-        reporter.evaluate()
+        judged = reporter.evaluate()
         saver.finish()
+        if not judged:
+            raise Stopped(how_to_go_on(folder, state))
         for note in write_result(
             folder / "final", tuned.model, strategy, tuned.weights, prepared.tokenizer, prepared.labels,
             tuned.skeleton.stored_dtype, tuned.tuning, tuned.shapes, state.step > 0, world,
