@@ -276,19 +276,19 @@ MORE = [
 
 @pytest.mark.parametrize(("launcher", "to", "number", "kind"), REAL + WHOLE * MORE)
 def test_no_step_is_lost(launcher: str, to: str, number: signal.Signals, kind: str, tmp_path: Path) -> None:
-    stopped = stop(tmp_path, launcher, to, number, 5, duration__steps=60, strategy__kind=kind)
+    stopped = stop(tmp_path, launcher, to, number, 5, duration__steps=120, strategy__kind=kind)
     print(f"{stopped.seconds:.1f} s")
     assert stopped.code == code_of(Case(launcher, to, number)), stopped.said
     step = stopped.metrics[-1]["step"]
-    assert 5 <= step < 60
+    assert 5 <= step < 120
     assert stopped.checkpoints == [f"step-{step:08}"]
     assert stopped.said.count("shardtune: stopped (exit code 75)\n") == 1
     if launcher == "shardtune":
         again = run(stopped.words, tmp_path / "cache")
         assert (again.code, again.left) == (0, []), again.said
-        assert f"step {step + 1}/60" in again.err
-        assert f"step {step}/60" not in again.err
-        assert stopped.metrics[-1]["step"] == 60
+        assert f"step {step + 1}/120" in again.err
+        assert f"step {step}/120" not in again.err
+        assert stopped.metrics[-1]["step"] == 120
         assert (stopped.run / "final").is_dir()
 
 
