@@ -163,7 +163,8 @@ class Chaos:
             codes = ranks.wait()
             problem = f"exit codes {codes}" if any(codes) else difference(whole.folder, run)
             for _ in range(killed):
-                outcome.count(not problem, str(case), f"{name}: {problem}\n{ranks.said()[-3000:] if any(codes) else ''}")
+                said = ranks.said()[-3000:] if any(codes) else ""
+                outcome.count(not problem, str(case), f"{name}: {problem}\n{said}")
             if not problem:
                 shutil.rmtree(run)
         return outcome
@@ -292,7 +293,8 @@ class Chaos:
                 subprocess.run(["mount", "-o", f"remount,size={20 * one + 40_000_000}", str(disk)], check=True)
                 again = self.start(case, name, runs=disk)
                 codes = again.wait()
-                problem = problem or (f"then exit codes {codes}" if any(codes) else difference(whole.folder, disk / name))
+                if not problem:
+                    problem = f"then exit codes {codes}" if any(codes) else difference(whole.folder, disk / name)
                 said = ranks.said()[-2000:] + again.said()[-2000:] if problem else ""
                 outcome.count(not problem, f"{len(kept)} kept", f"{name}: {problem}\n{said}")
         return outcome

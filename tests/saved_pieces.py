@@ -6,14 +6,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from shardtune.protocols import Piece
+from shardtune.protocols import VALUE, Piece
 
 
 def write(folder: Path, rank: int, step: int, pieces: Iterable[Piece]) -> None:
@@ -29,7 +29,7 @@ def write(folder: Path, rank: int, step: int, pieces: Iterable[Piece]) -> None:
 
 
 class SavedPieces:
-    """Implements the Saved protocol, and Weights for the parameters that are there.
+    """Implements the Saved protocol.
 
     Raises AssertionError where an element is in no piece, or in two.
     """
@@ -64,3 +64,16 @@ class SavedPieces:
 
     def read(self, name: str, what: str, start: int, stop: int) -> Tensor:
         return self.tensors[name, what].view(-1)[start:stop].clone()
+
+    def values(self, name: str) -> Whole:
+        """Of a parameter, to be laid over the initial ones."""
+        return Whole(self.tensors[name, VALUE])
+
+
+class Whole(NamedTuple):
+    """A tensor that is read by ranges."""
+
+    tensor: Tensor
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return self.tensor.view(-1)[start:stop].clone()

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardtune.optim.adamw import AdamW
 from shardtune.optim.recipe import parameter_groups
-from shardtune.optim.schedule import clip_scale, learning_rate, warmup_steps
+from shardtune.optim.schedule import clip_scale, learning_rate, learning_rate_by_time, warmup_steps
 from shardtune.strategy import gradients
 from shardtune.strategy.gradients import squared_norm
 
@@ -70,6 +70,33 @@ def test_learning_rate_at_the_landmarks() -> None:
     assert learning_rate(0, 100, 2.0, "constant", 0.0) == 2.0
     with pytest.raises(ValueError, match="unknown schedule step"):
         learning_rate(0, 10, 1.0, "step", 0.0)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_learning_rates_by_time_are_those_by_steps_that_take_as_long(draw: random.Random, schedule: str) -> None:
+    """Where every step takes the same time, and the warm-up a whole number of steps or none."""
+    for _ in range(40):
+        total, peak, each = draw.randrange(2, 120), draw.uniform(1e-6, 1e-2), draw.uniform(1e-3, 1e2)
+        rising = draw.randrange(total)
+        for step in range(total):
+            got = learning_rate_by_time(step, step * each, total * each, peak, schedule, rising / total)
+            wanted = learning_rate(step, total, peak, schedule, rising if rising else 0.0)
+            assert got == pytest.approx(wanted, rel=1e-9, abs=1e-12 * peak), f"{step=} {total=} {each=} {rising=}"
+
+
+def test_learning_rate_by_time_at_the_landmarks() -> None:
+    def rate(step: int, seconds: float, schedule: str, warmup: float) -> float:
+        return learning_rate_by_time(step, seconds, 600.0, 2.0, schedule, warmup)
+
+    assert rate(0, 0.0, "linear", 0.1) == 0.0
+    assert rate(1, 30.0, "linear", 0.1) == 1.0
+    assert rate(9, 60.0, "linear", 0.1) == 2.0
+    assert rate(9, 330.0, "cosine", 0.1) == pytest.approx(1.0)
+    assert rate(0, 0.0, "constant", 0.0) == 2.0
+    assert [rate(step, 300.0, "linear", 4.7) for step in (0, 1, 2, 3, 4, 90)] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+    assert [rate(9, late, "linear", 0.1) for late in (600.0, 1e6)] == [0.0, 0.0]
+    with pytest.raises(ValueError, match="unknown schedule step"):
+        rate(0, 0.0, "step", 0.0)
 
 
 # ---------------------------------------------------------------------------------------- parameters

@@ -7,14 +7,21 @@ import re
 import struct
 import termios
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from shardtune import progress as progress_module
 from shardtune.errors import StorageError
+from shardtune.evaluation import Split
+from shardtune.loop import StepReport
 from shardtune.progress import Progress, duration
+from shardtune.reporting import Reporter
+from shardtune.state import TrainingState
 from shardtune.text_table import table
 from shardtune.tracking import MetricsFile, TensorBoardTracker, Tracker
+from shardtune.world import World
 
 
 def test_each_metrics_line_is_there_at_once_with_its_keys_in_order(tmp_path: Path) -> None:
@@ -140,6 +147,42 @@ def test_time_left_counts_only_steps_of_this_part(monkeypatch: pytest.MonkeyPatc
     assert stream.getvalue() == "step 1001/5000  loss 1.0000  lr 0  10 tokens/s  1:06:39 left\n"
 
 
+def test_a_run_that_ends_with_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines have no number of steps, and what is left is what the clock says; the last step's line comes at the end."""
+    stream = io.StringIO()
+    progress = Progress(None, 100, enabled=True, every=10, stream=stream, limit=600.0)
+    for step in range(101, 116):
+        progress.step(step, 1.0, 0.5, 10.0, 450.0 + 10 * (step - 100))
+    progress.say_last()
+    progress.say_last()
+    assert stream.getvalue().splitlines() == [
+        "step 101  loss 1.0000  lr 0.5  10 tokens/s  2:20 left",
+        "step 110  loss 1.0000  lr 0.5  10 tokens/s  0:50 left",
+        "step 115  loss 1.0000  lr 0.5  10 tokens/s  0:00 left",
+    ]
+
+
+def test_a_bar_of_time() -> None:
+    terminal = Terminal()
+    progress = Progress(None, 0, enabled=True, every=10, stream=terminal, limit=60.0)
+    for step, seconds in enumerate((15.0, 45.0, 66.0), 1):
+        progress.step(step, 2.5, 1e-4, 12345.6, seconds)
+        progress._bar.refresh()  # pyright: ignore[reportOptionalMemberAccess] - not at every step by itself
+    progress.say_last()
+    progress.close()
+    shown = terminal.getvalue()
+    for text in (
+        "  0%|",
+        " 25%|",
+        "| step 1, loss 2.5000, 12,346 tokens/s, 0:45 left",
+        " 75%|",
+        "100%|",
+        "| step 3, loss",
+    ):
+        assert text in shown
+    assert "\nstep 3" not in shown
+
+
 def test_other_ranks_are_silent(capsys) -> None:
     for stream in (None, Terminal()):
         progress = Progress(10, 0, enabled=False, every=1, stream=stream)
@@ -188,6 +231,31 @@ def test_a_terminal_of_no_size_gets_plain_lines(rows: int, columns: int) -> None
     os.close(reading)
     assert ("step 1/2  loss 2.5000" in shown) == (rows == 0)
     assert ("| 1/2, loss 2.5000" in shown) == (rows > 0)
+
+
+def test_the_last_step_is_logged_and_judged_once_where_it_was_not_known(tmp_path: Path) -> None:
+    class Evaluator:
+        def run(self, step: int, split: Split, advance: Any) -> tuple[dict[str, float], list[Any]]:
+            return {"loss": step / 2}, []
+
+    state, alone = TrainingState(seconds=60.0), World(0, 1, 0, torch.device("cpu"))
+    nothing: Any = None
+    splits = [Split(name, nothing, 5, []) for name in ("validation", "test")]
+    judges: Any = Evaluator()
+    reporter = Reporter(
+        tmp_path, alone, state, None, lambda epoch: 100, 4, 3, False, judges, splits, {}, limit=120.0
+    )  # fmt: skip
+    reporter.evaluate()
+    for step in range(1, 7):
+        state.step = step
+        reporter.after_step(StepReport(1 / step, 0.5, 1e-3, 10 * step, 0.25, 2.0, 0.5 * step))
+    reporter.after_training()
+    reporter.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    logged = [(line["step"], line["data_seconds"], line["tokens_per_second"]) for line in lines if "lr" in line]
+    assert logged == [(1, 0.5, 5.0), (4, 1.5, 15.0), (6, 2.75, 27.5)]
+    judged = [(line["step"], line["split"]) for line in lines if "split" in line]
+    assert judged == [(0, "validation"), (0, "test"), (3, "validation"), (6, "validation"), (6, "test")]
 
 
 def test_durations() -> None:

@@ -217,7 +217,7 @@ def _stream_conflicts(config: Config) -> Iterator[tuple[str, str]]:
     if config.task.kind == "classification":
         yield key, "a classifier's labels must all be known before the first step; leave data.streaming out"
     if duration.epochs is not None:
-        yield "duration.steps", "a stream's length is not known, so give duration.steps in place of duration.epochs"
+        yield "duration.steps", "a stream's length is not known, so give steps or minutes in place of duration.epochs"
     if (config.model.tokenizer or "").startswith("train:"):
         yield "model.tokenizer", "train:N reads all texts before the first step, which a stream does not allow"
     for index, source in enumerate(config.data.sources):

@@ -13,15 +13,26 @@ from tqdm import tqdm
 
 
 class Progress:
-    """The steps of a run, on `stream`: a bar if it is a terminal, otherwise a line now and then."""
+    """The steps of a run, on `stream`: a bar if it is a terminal, otherwise a line now and then.
+
+    Where the number of steps is not known the run has a limit of seconds, and the bar is of time.
+    """
 
     def __init__(
-        self, total_steps: int, first_step: int, enabled: bool, every: int, stream: TextIO | None = None
+        self,
+        total_steps: int | None,
+        first_step: int,
+        enabled: bool,
+        every: int,
+        stream: TextIO | None = None,
+        limit: float | None = None,
     ) -> None:
         """`first_step`: steps done before, in an earlier part of the run. `enabled`: False on all ranks but
         one. `every`: steps between two plain lines; the first and the last step always have one. `stream`:
-        standard error by default. The time per step is counted from here on."""
+        standard error by default. `limit`: seconds of the whole run, if `total_steps` is None. The time per step is
+        counted from here on."""
         self._total = total_steps
+        self._limit = limit
         self._first = first_step
         self._enabled = enabled
         self._every = every
@@ -30,30 +41,47 @@ class Progress:
         self._begun = time.monotonic()
         self._evaluating_seconds = 0.0
         self._bar: tqdm | None = None
+        self._unsaid: str | None = None
+        """The line of the last step, if it has not been said."""
         if self._terminal:
+            shown = "{n_fmt}/{total_fmt}" if total_steps is not None else "{desc}"
             self._bar = tqdm(
-                total=total_steps,
-                initial=first_step,
+                total=limit if total_steps is None else total_steps,
+                initial=0 if total_steps is None else first_step,
                 file=self._stream,
                 dynamic_ncols=True,
-                bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
+                bar_format=f"{{percentage:3.0f}}%|{{bar}}| {shown}{{postfix}}",
             )
 
-    def step(self, step: int, loss: float, lr: float, tokens_per_second: float) -> None:
-        """Shows that `step` steps are done, with figures of the last one."""
+    def step(self, step: int, loss: float, lr: float, tokens_per_second: float, seconds: float = 0.0) -> None:
+        """Shows that `step` steps are done, with figures of the last one; `seconds`: since the run's first one began,
+        where these are what ends it."""
         if not self._enabled:
             return
-        speed, left = f"{tokens_per_second:,.0f} tokens/s", f"{duration(self.seconds_left(step))} left"
+        speed, left = f"{tokens_per_second:,.0f} tokens/s", f"{duration(self.seconds_left(step, seconds))} left"
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {loss:.4f}, {speed}, {left}", refresh=False)
-            self._bar.update(step - self._bar.n)
-        elif not self._terminal and (step in (self._first + 1, self._total) or step % self._every == 0):
-            self.say(f"step {step}/{self._total}  loss {loss:.4f}  lr {lr:.3g}  {speed}  {left}")
+            self._bar.set_description_str(f"step {step}", refresh=False)
+            self._bar.update((step if self._limit is None else min(seconds, self._limit)) - self._bar.n)
+        elif not self._terminal:
+            number = f"{step}/{self._total}" if self._total is not None else str(step)
+            self._unsaid = f"step {number}  loss {loss:.4f}  lr {lr:.3g}  {speed}  {left}"
+            if step in (self._first + 1, self._total) or step % self._every == 0:
+                self.say_last()
 
-    def seconds_left(self, step: int) -> float:
-        """Seconds for the steps after `step` at the mean speed so far; evaluations are not counted."""
+    def say_last(self) -> None:
+        """The plain line of the last step, unless it is there: for the end of a run whose end was not known."""
+        if self._unsaid is not None:
+            self.say(self._unsaid)
+            self._unsaid = None
+
+    def seconds_left(self, step: int, seconds: float = 0.0) -> float:
+        """Seconds for the steps after `step` at the mean speed so far, evaluations not counted; or until the limit,
+        `seconds` after the run's first step began."""
+        if self._limit is not None:
+            return max(self._limit - seconds, 0.0)
         spent = time.monotonic() - self._begun - self._evaluating_seconds
-        return spent / max(step - self._first, 1) * max(self._total - step, 0)
+        return spent / max(step - self._first, 1) * max((self._total or 0) - step, 0)
 
     def say(self, text: str) -> None:
         """Prints `text` as lines of its own, above the bar."""

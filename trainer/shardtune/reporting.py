@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ class Reporter:
         folder: Path,
         world: World,
         state: TrainingState,
-        total_steps: int,
+        total_steps: int | None,
         examples_of: Callable[[int], int | None],
         every: int,
         evaluate_every: int,
@@ -36,9 +37,13 @@ class Reporter:
         evaluator: Evaluator,
         splits: Sequence[Split],
         settings: dict[str, object],
+        limit: float | None = None,
+        goes_on: bool = False,
     ) -> None:
-        """`examples_of`: how many examples an epoch visits, by its number, or None where that is not known before.
-        `every`: steps between training lines; `evaluate_every`: between evaluations of the first split."""
+        """`total_steps`: None where the run ends after `limit` seconds. `examples_of`: how many examples an epoch
+        visits, by its number, or None where that is not known before. `every`: steps between training lines;
+        `evaluate_every`: between evaluations of the first split. `goes_on`: the figures of an earlier part of the run
+        stay, as far as `state`; all ranks then wait for the first."""
         self._world = world
         self._state = state
         self._total_steps = total_steps
@@ -50,32 +55,73 @@ class Reporter:
         self._trackers: list[Tracker] = []
         self._metrics_file: MetricsFile | None = None
         self._history: dict[str, list[tuple[int, dict[str, float]]]] = {split.name: [] for split in splits}
+        self._judged_at = {split.name: -1 for split in splits}
         self._since: list[StepReport] = []
-        self.progress = Progress(total_steps, state.step, world.is_first, every)
-        if world.is_first:
+        self.progress = Progress(total_steps, state.step, world.is_first, every, limit=limit)
+        after = state.step if goes_on else None
+        if world.is_first and not goes_on:
             self._metrics_file = MetricsFile(folder / "metrics.jsonl")
+        if goes_on:
+            self._take_up(world.first_does("metrics", lambda: self._cut_back(folder / "metrics.jsonl")))
+        if world.is_first:
             if tensorboard:
-                self._trackers.append(TensorBoardTracker(folder / "tensorboard"))
+                self._trackers.append(TensorBoardTracker(folder / "tensorboard", after))
             for tracker in self._trackers:
                 tracker.start(settings)
+
+    def _cut_back(self, path: Path) -> list[dict[str, Any]]:
+        """Opens the metrics of an earlier part of the run; returns its evaluations."""
+        self._evaluator.forget_after(self._state.step)
+        self._metrics_file = MetricsFile(path, self._state.step)
+        return [line for line in self._metrics_file.kept if line.get("split") in self._history]
+
+    def _take_up(self, evaluations: Sequence[dict[str, Any]]) -> None:
+        """What was judged before the run was interrupted; the same on every rank."""
+        for line in evaluations:
+            scores = {key: value for key, value in line.items() if key not in ("step", "split")}
+            self._history[line["split"]].append((line["step"], scores))
+            self._judged_at[line["split"]] = line["step"]
 
     def after_step(self, report: StepReport) -> None:
         """Logs and evaluates where that is due."""
         state = self._state
         self._since.append(report)
-        seconds = sum(r.seconds for r in self._since)
-        tokens_per_second = sum(r.tokens for r in self._since) / seconds
+        tokens_per_second = sum(r.tokens for r in self._since) / sum(r.seconds for r in self._since)
         if state.step in (1, self._total_steps) or state.step % self._every == 0:
-            self._log(report, seconds, tokens_per_second)
-            self._since.clear()
-        self.progress.step(state.step, report.loss, report.lr, tokens_per_second)
-        if state.step % self._evaluate_every == 0 and state.step < self._total_steps:
-            self.evaluate([split for split in self._splits if split.name == "validation"])
+            self._log()
+        # The state's seconds are those at which the step began.
+        ended = state.seconds + report.seconds
+        self.progress.step(state.step, report.loss, report.lr, tokens_per_second, ended)
+        if state.step % self._evaluate_every == 0 and state.step != self._total_steps:
+            self._evaluate_on_the_way()
 
-    def _log(self, report: StepReport, seconds: float, tokens_per_second: float) -> None:
+    def missing_evaluation(self) -> bool:
+        """Whether an evaluation was due after the present step and did not come to its end; the same on every rank."""
+        step = self._state.step
+        due = step > 0 and step % self._evaluate_every == 0 and step != self._total_steps
+        return due and any(self._judged_at[split.name] != step for split in self._splits if split.name == "validation")
+
+    def make_up(self) -> None:
+        """The evaluation that is missing, if so; all ranks call it."""
+        if self.missing_evaluation():
+            self._evaluate_on_the_way()
+
+    def _evaluate_on_the_way(self) -> None:
+        self.evaluate([split for split in self._splits if split.name == "validation"])
+
+    def after_training(self) -> bool:
+        """Logs the last step, where that was not known for the last, and evaluates; returns what `evaluate` does."""
+        if self._since:
+            self._log()
+        self.progress.say_last()
+        return self.evaluate()
+
+    def _log(self) -> None:
+        """A line of the last step, with the means of the steps since the line before."""
+        since, self._since = self._since, []
         if self._metrics_file is None:
             return
-        state = self._state
+        state, report, seconds = self._state, since[-1], sum(r.seconds for r in since)
         line = {
             "step": state.step,
             "epoch": round(state.epochs(self._examples_of(state.epoch)), 6),
@@ -85,25 +131,30 @@ class Reporter:
             "examples": state.examples,
             "tokens": state.tokens,
             "target_tokens": state.target_tokens,
+            "examples_digest": state.digest,
             "padding_share": report.padding_share,
-            "step_seconds": seconds / len(self._since),
-            "data_seconds": sum(r.data_seconds for r in self._since) / len(self._since),
-            "tokens_per_second": tokens_per_second,
+            "step_seconds": seconds / len(since),
+            "data_seconds": sum(r.data_seconds for r in since) / len(since),
+            "tokens_per_second": sum(r.tokens for r in since) / seconds,
             "peak_memory_bytes": peak_memory_bytes(self._world.device),
         }
         self._metrics_file.write(line)
         for tracker in self._trackers:
-            tracker.scalars(state.step, {f"train/{key}": value for key, value in line.items() if key != "step"})
+            figures = {key: value for key, value in line.items() if key != "step" and not isinstance(value, str)}
+            tracker.scalars(state.step, {f"train/{key}": value for key, value in figures.items()})
 
     def evaluate(self, splits: Sequence[Split] | None = None) -> bool:
-        """Judges the splits (all by default) at the present step; all ranks call it. False: a rank was told to stop
-        meanwhile, so that not all of them were judged."""
+        """Judges the splits (all by default) at the present step, unless that was done; all ranks call it. False: a
+        rank was told to stop meanwhile, so that not all of them were judged."""
         for split in self._splits if splits is None else splits:
+            if self._judged_at[split.name] == self._state.step:
+                continue
             with self.progress.evaluating(split.name, split.examples) as advance:
                 judged = self._evaluator.run(self._state.step, split, advance)
             if judged is None:
                 self.progress.say(f"{split.name} at step {self._state.step} left out: the run was told to stop")
                 return False
+            self._judged_at[split.name] = self._state.step
             scores, predictions = judged
             if self._metrics_file is None:
                 continue

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shardtune import bottleneck
 from shardtune.errors import NumbersError, StorageError
+from shardtune.model.tokenizer import save_tokenizer
 from shardtune.protocols import BESIDE, Adapter, Strategy, Tuning, Weights
 from shardtune.result_checks import check_changes, check_finite, held_values, whole
 from shardtune.world import World
@@ -62,7 +63,7 @@ def write_result(
         else:
             base = cast(PreTrainedModel, model)
             _write_model(partial, base, _all_tensors(base, present, weights), stored_dtype)
-        tokenizer.save_pretrained(str(partial))
+        save_tokenizer(tokenizer, partial)
         if labels:  # an adapter's folder has no config to name them
             (partial / "labels.json").write_text(json.dumps(labels, ensure_ascii=False), encoding="utf-8")
         partial.rename(folder)

@@ -24,7 +24,7 @@ from shardtune.config import Config
 from shardtune.errors import ConfigError, NumbersError, StorageError
 from shardtune.model.quantized import dequantize_layers
 from shardtune.model.skeleton import keeps_logits, load_model
-from shardtune.model.tokenizer import load_tokenizer
+from shardtune.model.tokenizer import load_tokenizer, save_tokenizer
 from shardtune.protocols import Batch, Task, Text, Tokens
 from shardtune.task.chat import Chat
 from shardtune.tuning_config import LoftqConfig
@@ -58,14 +58,13 @@ class Difference(NamedTuple):
         return self.largest <= share * self.of and math.isfinite(self.of)
 
 
-def export(config: Config, run: Path, out: Path, merge: bool, base: BaseChoice) -> str:
-    """Copies the result to `out`, an adapter merged into its base model if `merge`. Returns what was done.
+def export(config: Config, run: Path, folder: Path, out: Path, merge: bool, base: BaseChoice) -> str:
+    """Copies the result in `folder` to `out`, an adapter merged into its base model if `merge`. Returns what was done.
 
     `base`: what an adapter is merged into: the original weights, or what the quantized ones stand for. Raises
     ConfigError where the result cannot be merged, NumbersError where the merged model's logits are not those of base
     and adapter, and StorageError; then nothing is left at `out`.
     """
-    folder = run / "final"
     if merge:
         _check_mergeable(config, folder, base)
     partial = out.with_name(f"{out.name}.partial")
@@ -73,7 +72,7 @@ def export(config: Config, run: Path, out: Path, merge: bool, base: BaseChoice) 
         shutil.rmtree(partial, ignore_errors=True)
         if merge:
             partial.mkdir(parents=True)
-            said = _merge(config, run, partial, base)
+            said = _merge(config, run, folder, partial, base)
         else:
             shutil.copytree(folder, partial)
             said = "adapter, as peft loads it" if (folder / "adapter_config.json").exists() else _model_note(folder)
@@ -121,9 +120,8 @@ def _check_mergeable(config: Config, folder: Path, base: BaseChoice) -> None:
         )
 
 
-def _merge(config: Config, run: Path, partial: Path, choice: BaseChoice) -> str:
+def _merge(config: Config, run: Path, folder: Path, partial: Path, choice: BaseChoice) -> str:
     """Writes the merged model to `partial`; one model is held at a time. Returns what was done."""
-    folder = run / "final"
     kind, path = config.task.kind, config.model.path
     quantization = quantization_of(config.tuning)
     with quiet_libraries():
@@ -148,7 +146,7 @@ def _merge(config: Config, run: Path, partial: Path, choice: BaseChoice) -> str:
         exact = _difference(beside, logits(merged))
         _check(exact, TOLERANCES[torch.float32], f"merged into {path}, the adapter does not act as beside it", origin)
         merged.to(stored).save_pretrained(str(partial))
-        tokenizer.save_pretrained(str(partial))
+        save_tokenizer(tokenizer, partial)
         if labels:
             shutil.copy(folder / "labels.json", partial)
         del base, tuned, merged

@@ -23,7 +23,7 @@ from shardtune.data.tables import TokenTable, cache_folder, fingerprint, open_ta
 from shardtune.errors import DataError
 from shardtune.evaluation import Split
 from shardtune.model.skeleton import load_architecture, set_dropout
-from shardtune.model.tokenizer import fit_config, identity, load_tokenizer, train_tokenizer
+from shardtune.model.tokenizer import fit_config, identity, load_tokenizer, save_tokenizer, train_tokenizer
 from shardtune.protocols import Task, Text
 from shardtune.task.chat_template import set_template
 from shardtune.world import World
@@ -90,7 +90,7 @@ def prepare(config: Config, world: World, corpus: Corpus | None, result: Path | 
 
 def keep_tokenizer(prepared: Prepared, folder: Path) -> None:
     """Writes the tokenizer and the labels, so that the result of any step can be told without the data."""
-    prepared.tokenizer.save_pretrained(str(folder))
+    save_tokenizer(prepared.tokenizer, folder)
     if prepared.labels:
         (folder / "labels.json").write_text(json.dumps(prepared.labels, ensure_ascii=False), encoding="utf-8")
 

@@ -93,7 +93,8 @@ def compare(
 
     `saved`: the checkpoint's state, of which config, data, base and step are read. `config`: that of this run, as it
     is after the options of `tuning.from` were taken over. `data`: the training examples, as {"fingerprint":
-    Corpus.train_fingerprint, "examples": N}; None of a stream. `base`: the identity of the model's files. `place`: FILE:LINE of a key, or "".
+    Corpus.train_fingerprint, "examples": N}; None of a stream. `base`: the identity of the model's files. `place`:
+    FILE:LINE of a key, or "".
 
     Raises CheckpointError with a line for each change that makes the saved state meaningless.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,7 +42,7 @@ from shardtune.data.stream import Stream
 from shardtune.errors import NumbersError, Stopped
 from shardtune.evaluation import Evaluator
 from shardtune.loop import train
-from shardtune.optim.schedule import clip_scale, learning_rate
+from shardtune.optim.schedule import clip_scale, learning_rate, learning_rate_by_time
 from shardtune.protocols import Strategy
 from shardtune.reporting import Reporter
 from shardtune.result import write_result
@@ -76,7 +77,7 @@ def train_run(
     strategy = _placed(config, world, prepared, tuned, kind, saved)
     course, stream = _course(config, world, prepared)
     state = state_of(saved) if saved is not None else TrainingState()
-    task, in_loop = tuned.tuning.in_training(prepared.task, strategy, course.total_steps, world)
+    task, in_loop = tuned.tuning.in_training(prepared.task, strategy, course.total_steps or 0, world)
     if saved is None:
         world.seed_everything(config.seed)
     else:
@@ -96,7 +97,7 @@ def train_run(
     reporter = Reporter(
         folder, world, state, course.total_steps, course.examples_of, config.tracking.every, config.evaluation.every,
         config.tracking.tensorboard, evaluator, evaluated_splits(prepared, config.evaluation.examples),
-        config.model_dump(mode="json"),
+        config.model_dump(mode="json"), config.duration.seconds, saved is not None,
     )  # fmt: skip
     reporter.progress.say(said)
     for change in changes:
@@ -116,23 +117,24 @@ def train_run(
     begun = time.monotonic()
     try:
         stopping.training()
-        if config.evaluation.baseline and course.total_steps > 0 and saved is None:
+        if config.evaluation.baseline and course.total_steps != 0 and saved is None:
             reporter.evaluate()
+        reporter.make_up()
         train(
-            state, course.total_steps, course.steps, task, in_loop, world, rate_of,
-            functools.partial(clip_scale, max_grad_norm=config.optimizer.max_grad_norm), boundaries,
+            state, sys.maxsize if course.total_steps is None else course.total_steps, course.steps, task, in_loop,
+            world, rate_of, functools.partial(clip_scale, max_grad_norm=config.optimizer.max_grad_norm), boundaries,
             reporter.after_step,
         )  # fmt: skip
         boundaries.end()
         if stream is not None and stream.noted:
             reporter.progress.say(f"in the stream, as far as it was read: {counted(stream.noted)}")
-        judged = reporter.evaluate()
+        went_on = reporter.after_training()
         saver.finish()
-        if not judged:
+        if not went_on:
             raise Stopped(how_to_go_on(folder, state))
         for note in write_result(
             folder / "final", tuned.model, strategy, tuned.weights, prepared.tokenizer, prepared.labels,
-            tuned.skeleton.stored_dtype, tuned.tuning, tuned.shapes, state.step > 0, world,
+            tuned.skeleton.stored_dtype, tuned.tuning, tuned.shapes, _updated(rate_of, state, course), world,
         ):  # fmt: skip
             reporter.progress.say(f"warning: {note}")
     except NumbersError as error:  # what was saved before is good, and may still be on its way to the disk
@@ -175,7 +177,16 @@ def _course(config: Config, world: World, prepared: Prepared) -> tuple[Course, S
 
 def _rate(config: Config, course: Course) -> Callable[[TrainingState], float]:
     """The learning rate of the step that begins at a state."""
-    optimizer = config.optimizer
-    return lambda state: learning_rate(
-        state.step, course.total_steps, optimizer.lr, optimizer.schedule, optimizer.warmup
-    )
+    peak, schedule, warmup = config.optimizer.lr, config.optimizer.schedule, config.optimizer.warmup
+    total, limit = course.total_steps, config.duration.seconds
+    if total is not None:
+        return lambda state: learning_rate(state.step, total, peak, schedule, warmup)
+    assert limit is not None
+    return lambda state: learning_rate_by_time(state.step, state.seconds, limit, peak, schedule, warmup)
+
+
+def _updated(rate_of: Callable[[TrainingState], float], state: TrainingState, course: Course) -> bool:
+    """Whether there was a step with a learning rate above 0; by time the first one may have had none."""
+    if course.total_steps is None:
+        return state.step > 1
+    return any(rate_of(TrainingState(step=step)) > 0 for step in range(state.step))

@@ -59,7 +59,7 @@ def snapshots(
     tuned: Tuned,
     kind: str,
     identity: Identity,
-    total_steps: int,
+    total_steps: int | None,
     began_from: str | None,
 ) -> Callable[[], Snapshot]:
     """Gives a function that says what a checkpoint of this moment holds. `strategy`: as the loop has it; `kind`: its

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -23,7 +24,8 @@ class Course(NamedTuple):
     """What a run goes through."""
 
     steps: StepSource
-    total_steps: int
+    total_steps: int | None
+    """None: as many as there is time for (`duration.minutes`)."""
     examples_of: Callable[[int], int | None]
     """How many examples an epoch visits, by its number; None where that is not known before."""
 
@@ -32,8 +34,8 @@ def make_course(config: Config, world: World, task: Task, table: TokenTable, cou
     """The steps over a table of examples, of which so many are from each source."""
     batch, order = config.batch, make_order(config, table, counts)
     total_steps = config.duration.steps
-    if total_steps is None:
-        total_steps = order.total_steps(config.duration.epochs or 1)
+    if config.duration.epochs is not None:
+        total_steps = order.total_steps(config.duration.epochs)
     batching = BATCHINGS[config.data.batching]()
     steps = Steps(table, order, batching, task.collate, world.rank, world.size, make_budget(batch))
     return Course(prefetched(config, world, steps, total_steps), total_steps, order.examples_of)
@@ -58,16 +60,18 @@ def make_stream(config: Config, task: Task) -> Stream:
 
 def make_stream_course(config: Config, world: World, task: Task, stream: Stream) -> Course:
     """The steps over a stream, whose length nobody knows."""
-    batch, total_steps = config.batch, config.duration.steps or 0
+    batch, total_steps = config.batch, config.duration.steps
     batching = BATCHINGS[config.data.batching]()
     layout = Layout(batching, task.collate, world.rank, world.size, make_budget(batch))
     steps = StreamSteps(stream, batch.examples, batch.tokens, layout)
     return Course(prefetched(config, world, steps, total_steps), total_steps, lambda epoch: None)
 
 
-def prefetched(config: Config, world: World, steps: StepSource, total_steps: int) -> StepSource:
+def prefetched(config: Config, world: World, steps: StepSource, total_steps: int | None) -> StepSource:
     """The same steps, prepared `data.prefetch` ahead."""
-    return Prefetch(steps, config.data.prefetch, total_steps, world.device) if config.data.prefetch else steps
+    if not config.data.prefetch:
+        return steps
+    return Prefetch(steps, config.data.prefetch, sys.maxsize if total_steps is None else total_steps, world.device)
 
 
 def portions(sources: Sequence[SourceConfig], table: TokenTable, counts: Sequence[int]) -> list[Portion]:

@@ -71,6 +71,15 @@ def identity(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256("\0".join([content, *settings]).encode()).hexdigest()
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes it to `folder`, the same whether texts were tokenized before or not: `tokenizer.json` would hold the length
+    limit and the padding of the last call."""
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+    tokenizer.save_pretrained(str(folder))
+
+
 def fit_config(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, newly_trained: bool) -> None:
     """Makes the model's vocabulary hold the tokenizer's.
 

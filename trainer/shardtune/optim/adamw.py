@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from shardtune.optim.recipe import Recipe
 
@@ -48,6 +48,12 @@ class ScheduleFree(Recipe):
         optimizer = AdamWScheduleFree(groups, lr=self.lr, betas=self.betas, eps=self.eps)
         optimizer.train()
         return optimizer
+
+
+def averaged_values(values: Tensor, iterate: Tensor, beta1: float) -> Tensor:
+    """The average x = y + (1 - 1/β₁)(z - y) of schedule-free AdamW, which is what is evaluated and kept, from the
+    `values` y that it trains at and its `iterate` z; as its eval mode computes it."""
+    return torch.lerp(values, iterate, 1 - 1 / beta1)
 
 
 def can_be_fused(named: list[tuple[str, nn.Parameter]]) -> bool | None:

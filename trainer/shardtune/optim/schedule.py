@@ -23,13 +23,38 @@ def learning_rate(step: int, total_steps: int, peak: float, schedule: str, warmu
     rising = warmup_steps(warmup, total_steps)
     if step < rising:
         return peak * (step / rising)
-    falling = max(1, total_steps - rising)
+    return peak * _left(schedule, step - rising, total_steps - step, max(1, total_steps - rising))
+
+
+def learning_rate_by_time(step: int, seconds: float, limit: float, peak: float, schedule: str, warmup: float) -> float:
+    """The learning rate of step number `step`, counted from 0, in a run whose length is `limit` seconds.
+
+    The step begins `seconds` after the first one began. With p = seconds / limit and a `warmup` w below 1, which is a
+    share of the time, it is peak × p / w while p < w (so 0 in the first step), then
+
+    - constant: peak
+    - linear: peak × (1 - p) / (1 - w)
+    - cosine: peak × (1 + cos(π (p - w) / (1 - w))) / 2
+
+    From 1 on `warmup` is a number of steps (cut to a whole one): then it is the above with w = 0, times
+    min(1, step / warmup). Raises ValueError for an unknown schedule.
+    """
+    past = min(seconds / limit, 1.0)
+    share = warmup if warmup < 1 else 0.0
+    if past < share:
+        return peak * (past / share)
+    risen = min(1.0, step / int(warmup)) if warmup >= 1 else 1.0
+    return peak * risen * _left(schedule, past - share, 1.0 - past, 1.0 - share)
+
+
+def _left(schedule: str, done: float, left: float, whole: float) -> float:
+    """What is left of the peak after `done` of the `whole` that it falls in, when `left` is to come."""
     if schedule == "constant":
-        return peak
+        return 1.0
     if schedule == "linear":
-        return peak * max(0.0, (total_steps - step) / falling)
+        return max(0.0, left / whole)
     if schedule == "cosine":
-        return peak * max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((step - rising) / falling))))
+        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * (done / whole))))
     raise ValueError(f"unknown schedule {schedule}; there are constant, linear, cosine")
 
 

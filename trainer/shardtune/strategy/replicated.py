@@ -50,6 +50,7 @@ class Replicated:
                 init_sync=False,
                 gradient_as_bucket_view=True,
             )
+            _settle_buckets(self.model)
 
     @contextmanager
     def forward(self, last: bool) -> Iterator[None]:
@@ -138,3 +139,19 @@ class Replicated:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self._world.device.type, dtype=torch.bfloat16, enabled=self._dtype == torch.bfloat16)
+
+
+def _settle_buckets(model: DistributedDataParallel) -> None:
+    """Has the buckets in which gradients are summed made now, and for good, with the gradients in them.
+
+    DDP would sum the first step's gradients in one bucket, and then make smaller ones in the order in which it saw
+    gradients come. On three ranks or more it depends on the buckets in which order the ranks' parts of an element are
+    added, and gradients that are not in a bucket yet are not divided but multiplied by a rounded reciprocal: so a
+    first step after a resume would differ in the last bit. A backward pass of zeros, in the order in which gradients
+    are to be expected, takes the place of the first step.
+    """
+    model.reducer.prepare_for_backward([])
+    trained = [parameter for parameter in model.module.parameters() if parameter.requires_grad]
+    for parameter in reversed(trained):
+        parameter.backward(torch.zeros_like(parameter))
+    model.reducer._rebuild_buckets()

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from shardtune.errors import ConfigError
 from shardtune.protocols import Saved, Strategy, Task
 from shardtune.tuning.orthogonality import Orthogonal
 from shardtune.tuning.peft_adapter import LinearAdapter, has_transposed
@@ -98,7 +97,7 @@ class Adalora(LinearAdapter):
     def in_training(self, task: Task, strategy: Strategy, total_steps: int, world: World) -> tuple[Task, Strategy]:
         """The same with the penalty and the allocation of ranks; the settings learn the steps of the schedule.
 
-        A run that is gone on with keeps the schedule that it began with. Raises ConfigError where it would end before.
+        A run that is gone on with, and may be longer now, keeps the schedule that it began with.
         """
         from peft.tuners.adalora import SVDLinear
 
@@ -107,11 +106,6 @@ class Adalora(LinearAdapter):
         scheduled = self._steps = self._steps or total_steps
         end = min(max(1, round(self._end * scheduled)), scheduled)
         begin = min(round(self._begin * scheduled), end - 1)
-        if end > total_steps:
-            raise ConfigError(
-                f"duration: {total_steps} steps are too few for adalora to go on: the run began with {scheduled}, and "
-                f"its ranks fall until step {end}"
-            )
         layers: dict[str, Any] = {
             name: module for name, module in self._model.named_modules() if isinstance(module, SVDLinear)
         }

@@ -28,7 +28,7 @@ from shardtune.world import World
 
 OVERSAMPLING = 10
 """Directions that a randomized decomposition finds beside those asked for, which makes these more exact."""
-BEGAN = "began"
+BEGAN = "pissa.began"
 """What a checkpoint calls A₀ and B₀."""
 
 
