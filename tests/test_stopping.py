@@ -178,6 +178,20 @@ def test_a_terminal(tmp_path: Path) -> None:
         os.close(theirs)
 
 
+def test_nobody_listens_any_more(tmp_path: Path) -> None:
+    """As after Control-C where the output goes through another program."""
+    with subprocess.Popen([sys.executable, str(SCRIPT), str(tmp_path)], stderr=subprocess.PIPE) as process:
+        try:
+            assert wait_for((tmp_path / "pid-0").exists, 20)
+            assert process.stderr is not None
+            process.stderr.close()
+            process.terminate()
+            assert process.wait(20) == 75
+            assert (tmp_path / "saved-0").exists()
+        finally:
+            process.kill()
+
+
 def test_without_a_launcher_it_outlives_the_shell(tmp_path: Path) -> None:
     words = ["sh", "-c", 'nohup "$@" & exit 0', "sh", sys.executable, str(SCRIPT), str(tmp_path)]
     with started(words, tmp_path, tmp_path / "log") as shell:
