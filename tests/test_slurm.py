@@ -11,6 +11,7 @@ import pytest
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import slurm_cluster
+from launching import wait_for
 from slurm_cluster import SlurmCluster
 from tiny import tiny_config
 
@@ -58,6 +59,22 @@ def test_exit_code_of_the_ranks_is_that_of_the_job(cluster: SlurmCluster, tmp_pa
     state, code, printed = submit_and_wait(cluster, tmp_path / "job.out", "--config", config, "no_such_key=1")
     assert (state, code) == ("FAILED", 2), printed
     assert "no_such_key" in printed
+
+
+@pytest.mark.parametrize("how", [["--signal=TERM"], ["--signal=USR1", "--batch"]], ids=" ".join)
+def test_told_to_stop(how: list[str], cluster: SlurmCluster, tmp_path: Path) -> None:
+    config, output = tiny_config(tmp_path, duration__steps=1000), tmp_path / "job.out"
+    number = cluster.submit(
+        "-N", "2", f"--output={output}", "slurm/train.sbatch", "--config", config,
+        cwd=REPOSITORY, environment={"SHARDTUNE_VENV": sys.prefix, "SHARDTUNE_CACHE": str(tmp_path / "cache")},
+    )  # fmt: skip
+    metrics = tmp_path / "runs" / "tiny" / "metrics.jsonl"
+    assert wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 5, 120), output.read_text()
+    cluster.command("scancel", *how, str(number))
+    assert cluster.wait(number) == ("FAILED", 75), output.read_text()
+    step = json.loads(metrics.read_text().splitlines()[-1])["step"]
+    assert [path.name for path in (tmp_path / "runs" / "tiny" / "checkpoints").iterdir()] == [f"step-{step:08}"]
+    assert output.read_text().count("shardtune: stopped (exit code 75)\n") == 1
 
 
 def test_says_where_the_environment_is_missing(cluster: SlurmCluster, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import signal
@@ -11,11 +12,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
-from launching import BIN, REPOSITORY, free_port, marked, started, wait_for
+from launching import BIN, REPOSITORY, command, free_port, marked, run, started, wait_for
+from tiny import rows, tiny_config, write_rows
 
 SCRIPT = REPOSITORY / "tests" / "ranks" / "stop_in_steps.py"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGKILL)
@@ -57,8 +59,6 @@ def sample() -> list[Case]:
     slow = [
         Case("torchrun", "launcher", signal.SIGTERM),
         Case("torchrun", "launcher", signal.SIGUSR1),
-        Case("deepspeed", "launcher", signal.SIGTERM),
-        Case("deepspeed", "child", signal.SIGINT),
         Case("deepspeed", "child", signal.SIGKILL),
     ]
     return [case for case in possible() if case.launcher in ("python", "shardtune") or case in slow]
@@ -178,6 +178,20 @@ def test_a_terminal(tmp_path: Path) -> None:
         os.close(theirs)
 
 
+def test_nobody_listens_any_more(tmp_path: Path) -> None:
+    """As after Control-C where the output goes through another program."""
+    with subprocess.Popen([sys.executable, str(SCRIPT), str(tmp_path)], stderr=subprocess.PIPE) as process:
+        try:
+            assert wait_for((tmp_path / "pid-0").exists, 20)
+            assert process.stderr is not None
+            process.stderr.close()
+            process.terminate()
+            assert process.wait(20) == 75
+            assert (tmp_path / "saved-0").exists()
+        finally:
+            process.kill()
+
+
 def test_without_a_launcher_it_outlives_the_shell(tmp_path: Path) -> None:
     words = ["sh", "-c", 'nohup "$@" & exit 0', "sh", sys.executable, str(SCRIPT), str(tmp_path)]
     with started(words, tmp_path, tmp_path / "log") as shell:
@@ -212,3 +226,105 @@ def test_what_a_forked_process_is_sent() -> None:
     assert before == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
     """
     subprocess.run([sys.executable, "-W", "ignore::DeprecationWarning", "-c", program], check=True, timeout=30)
+
+
+# ------------------------------------------------------------------------------------------------- real runs
+
+
+class Stopped(NamedTuple):
+    """A real run that was told to stop."""
+
+    words: list[str]
+    run: Path
+    code: int
+    said: str
+    seconds: float
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.run / "metrics.jsonl").read_text().splitlines()]
+
+    @property
+    def checkpoints(self) -> list[str]:
+        return sorted(path.name for path in (self.run / "checkpoints").iterdir())
+
+
+def stop(
+    folder: Path, launcher: str, to: str, number: signal.Signals, lines: int, wait: float = 0.0, **keys: Any
+) -> Stopped:
+    """Tells a run to stop `wait` seconds after so many lines of metrics, and waits until all its processes are gone."""
+    config = tiny_config(folder, "llama", **keys)
+    words = command(launcher, 1 if launcher == "python" else 2, "--config", config)
+    folder_of_run, log = folder / "runs" / "tiny", folder / "log"
+    with started(words, folder / "cache", log) as process:
+        metrics = folder_of_run / "metrics.jsonl"
+        assert wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= lines, 90), log.read_text()
+        time.sleep(wait)
+        told = time.monotonic()
+        os.kill(process.pid if to == "launcher" else last_rank(process), number)
+        gone = wait_for(lambda: process.poll() is not None and not marked(process.mark), 30)
+        assert gone, log.read_text()
+        return Stopped(words, folder_of_run, process.returncode, log.read_text(), time.monotonic() - told)
+
+
+def last_rank(process: subprocess.Popen[bytes]) -> int:
+    for pid in marked(process.mark):  # type: ignore[attr-defined]
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        if b"RANK=1" in variables and b"write_process" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+            return pid
+    raise AssertionError("there is no rank 1")
+
+
+REAL = [
+    ("shardtune", "rank", signal.SIGTERM, "ddp"),
+    ("deepspeed", "launcher", signal.SIGTERM, "ddp"),
+]
+MORE = [
+    (launcher, to, number, kind)
+    for launcher, to in (("torchrun", "launcher"), ("shardtune", "launcher"), ("deepspeed", "rank"))
+    for number in SIGNALS
+    for kind in ("ddp", "fsdp2", "zero1", "zero3")
+    if to != "rank" or number != signal.SIGKILL
+]
+
+
+@pytest.mark.parametrize(("launcher", "to", "number", "kind"), REAL + WHOLE * MORE)
+def test_no_step_is_lost(launcher: str, to: str, number: signal.Signals, kind: str, tmp_path: Path) -> None:
+    stopped = stop(tmp_path, launcher, to, number, 5, duration__steps=120, strategy__kind=kind)
+    print(f"{stopped.seconds:.1f} s")
+    assert stopped.code == code_of(Case(launcher, to, number)), stopped.said
+    step = stopped.metrics[-1]["step"]
+    assert 5 <= step < 120
+    assert stopped.checkpoints == [f"step-{step:08}"]
+    assert stopped.said.count("shardtune: stopped (exit code 75)\n") == 1
+    if launcher == "shardtune":
+        again = run(stopped.words, tmp_path / "cache")
+        assert (again.code, again.left) == (0, []), again.said
+        assert f"step {step + 1}/120" in again.err
+        assert f"step {step}/120" not in again.err
+        assert stopped.metrics[-1]["step"] == 120
+        assert (stopped.run / "final").is_dir()
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_an_evaluation_is_left_out(last: bool, tmp_path: Path) -> None:
+    """It would take long. After the last step there is nothing more to lose, but the run is not finished."""
+    long = {
+        "data__validation": str(write_rows(tmp_path / "long.jsonl", rows(64, seed=3))),
+        "evaluation__examples": 64, "evaluation__max_new_tokens": 250, "batch__micro_examples": 1,
+    }  # fmt: skip
+    keys = {"duration__steps": 2 if last else 9, "evaluation__every": 2}
+    how = ("python", "launcher") if last else ("shardtune", "rank")
+    stopped = stop(tmp_path, *how, signal.SIGTERM, 2, 1.0, **keys, **long)
+    assert stopped.code == 75, stopped.said
+    assert stopped.seconds < 10
+    assert [(line["step"], "split" in line) for line in stopped.metrics] == [(1, False), (2, False)]
+    assert stopped.checkpoints == ["step-00000002"]
+    assert stopped.said.count("validation at step 2 left out: the run was told to stop\n") == 1
+    assert not (stopped.run / "final").exists()
+    assert not (stopped.run / "predictions").exists()
+    if last:
+        again = run([*stopped.words, "evaluation.max_new_tokens=2"], tmp_path / "cache")
+        assert again.code == 0, again.said
+        assert [line["split"] for line in stopped.metrics if "split" in line] == ["validation"]
+        assert (stopped.run / "final").is_dir()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import sys
 import time
 from collections.abc import Callable
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from shardtune.errors import (
     ConfigError,
@@ -21,6 +22,9 @@ from shardtune.errors import (
 )
 from shardtune.world import launched_local_rank, launched_rank, launched_ranks
 
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
 FOUND_BY_ALL = (ConfigError, NumbersError)
 """Errors that every rank of a machine runs into; one of them says it."""
 SPEAKING_SECONDS = 2.0
@@ -29,11 +33,28 @@ SPINS = "30000"
 """How often a thread of GNU OpenMP looks for work before it sleeps. With its own 300,000, a step took 35 times longer
 beside other programs on all cores; with fewer than 5,000, a step alone is slower."""
 STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+UNHEARD = {errno.EPIPE, errno.EIO}
+"""The other end of a pipe, or of a terminal, is gone."""
+
+
+class _StandardError(io.FileIO):
+    """Goes on when nobody listens any more: Control-C also ends the `tee` behind a run that is still to be saved."""
+
+    def write(self, data: Buffer) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in UNHEARD:
+                raise
+            return memoryview(data).nbytes
 
 
 def guarded(work: Callable[[], int]) -> int:
     """Runs `work` and returns its exit code; what a user can mend is said in a few lines, without a traceback."""
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch is imported
+    if sys.stderr is sys.__stderr__ and sys.stderr is not None:
+        raw = io.BufferedWriter(_StandardError(sys.stderr.fileno(), "w", closefd=False))
+        sys.stderr = io.TextIOWrapper(raw, sys.stderr.encoding, sys.stderr.errors, line_buffering=True)
     log = logging.getLogger("shardtune")
     if not log.handlers:
         log.addHandler(logging.StreamHandler())  # plain lines on standard error
