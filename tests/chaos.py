@@ -197,12 +197,13 @@ class Chaos:
             whole = self.whole(Case("single", method, 1), dropout=False)
             name = self.new_name(f"reshard-{method}")
             run = self.folder / "runs" / name
-            stops = sorted(self.rng.sample(range(2, STEPS - 2), len(layouts) - 1))
+            stops = sorted(self.rng.sample(range(2, STEPS - 8), len(layouts) - 1))
             problem, said = "", ""
             for (strategy, ranks_count), stop in zip(layouts, [*stops, None], strict=True):
+                begun_at = len(steps(run)) if run.exists() else 0
                 ranks = self.start(Case(strategy, method, ranks_count), name, dropout=False)
                 if stop is not None:
-                    _reaches(run / "metrics.jsonl", stop)
+                    _reaches(run / "metrics.jsonl", max(stop, begun_at + 1))
                     ranks.kill(number=self.rng.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]))
                 codes = ranks.wait()
                 if codes != [75 if stop is not None else 0] * ranks_count:

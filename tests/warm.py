@@ -65,9 +65,8 @@ class Warm:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(10)
+        self._process.kill()
+        self._process.communicate()
 
     def start(
         self, arguments: Sequence[str | Path], ranks: int, log: Path, variables: Mapping[str, str] | None = None

@@ -104,6 +104,14 @@ def _parser() -> Parser:
     )  # fmt: skip
     export.set_defaults(run=_export, command=export)
 
+    whole = commands.add_parser("verify", help="read every byte of a checkpoint: is it whole?")
+    whole.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="RUN/checkpoints/step-…")
+    whole.set_defaults(run=_verify, command=whole)
+
+    kept = commands.add_parser("checkpoints", help="the checkpoints of a run, and which of them are whole")
+    kept.add_argument("--run", type=Path, required=True, metavar="DIR", dest="folder", help="the run's folder")
+    kept.set_defaults(run=_checkpoints, command=kept)
+
     verify = commands.add_parser("verify-layout", help="prove that ranks, micro-batches and batching change nothing")
     _add_config(verify)
     verify.add_argument("--ranks", default="1,2", metavar="N,…", help="rank counts (default: 1,2)")
@@ -314,6 +322,18 @@ def _config_of_run(folder: Path) -> Config:
     if not (folder / "final").is_dir():
         raise ConfigError(f"command line --run: {folder} has no final/; the run has not come to its end")
     return load_config(folder / "config.yaml", [])
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from shardtune.checkpoint_commands import verify
+
+    return verify(options)
+
+
+def _checkpoints(options: argparse.Namespace) -> int:
+    from shardtune.checkpoint_commands import checkpoints
+
+    return checkpoints(options)
 
 
 def _verify_layout(options: argparse.Namespace) -> int:

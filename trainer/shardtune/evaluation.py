@@ -108,6 +108,13 @@ class Evaluator:
             self._write(step, split.name, predictions)
         return scores, predictions
 
+    def forget_after(self, step: int) -> None:
+        """Removes the predictions of later steps, on the first rank: the run has gone back."""
+        for path in self._folder.glob("step-*-*.jsonl"):
+            number = path.name.split("-")[1]
+            if number.isdecimal() and int(number) > step:
+                path.unlink(missing_ok=True)
+
     def _predictions(self, split: Split, written: dict[int, str]) -> list[Prediction]:
         return [
             Prediction(text.source, text.target, written[position])

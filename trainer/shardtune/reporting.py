@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,10 +38,12 @@ class Reporter:
         splits: Sequence[Split],
         settings: dict[str, object],
         limit: float | None = None,
+        goes_on: bool = False,
     ) -> None:
         """`total_steps`: None where the run ends after `limit` seconds. `examples_of`: how many examples an epoch
         visits, by its number, or None where that is not known before. `every`: steps between training lines;
-        `evaluate_every`: between evaluations of the first split."""
+        `evaluate_every`: between evaluations of the first split. `goes_on`: the figures of an earlier part of the run
+        stay, as far as `state`; all ranks then wait for the first."""
         self._world = world
         self._state = state
         self._total_steps = total_steps
@@ -55,12 +58,29 @@ class Reporter:
         self._judged_at = {split.name: -1 for split in splits}
         self._since: list[StepReport] = []
         self.progress = Progress(total_steps, state.step, world.is_first, every, limit=limit)
-        if world.is_first:
+        after = state.step if goes_on else None
+        if world.is_first and not goes_on:
             self._metrics_file = MetricsFile(folder / "metrics.jsonl")
+        if goes_on:
+            self._take_up(world.first_does("metrics", lambda: self._cut_back(folder / "metrics.jsonl")))
+        if world.is_first:
             if tensorboard:
-                self._trackers.append(TensorBoardTracker(folder / "tensorboard"))
+                self._trackers.append(TensorBoardTracker(folder / "tensorboard", after))
             for tracker in self._trackers:
                 tracker.start(settings)
+
+    def _cut_back(self, path: Path) -> list[dict[str, Any]]:
+        """Opens the metrics of an earlier part of the run; returns its evaluations."""
+        self._evaluator.forget_after(self._state.step)
+        self._metrics_file = MetricsFile(path, self._state.step)
+        return [line for line in self._metrics_file.kept if line.get("split") in self._history]
+
+    def _take_up(self, evaluations: Sequence[dict[str, Any]]) -> None:
+        """What was judged before the run was interrupted; the same on every rank."""
+        for line in evaluations:
+            scores = {key: value for key, value in line.items() if key not in ("step", "split")}
+            self._history[line["split"]].append((line["step"], scores))
+            self._judged_at[line["split"]] = line["step"]
 
     def after_step(self, report: StepReport) -> None:
         """Logs and evaluates where that is due."""
@@ -73,7 +93,21 @@ class Reporter:
         ended = state.seconds + report.seconds
         self.progress.step(state.step, report.loss, report.lr, tokens_per_second, ended)
         if state.step % self._evaluate_every == 0 and state.step != self._total_steps:
-            self.evaluate([split for split in self._splits if split.name == "validation"])
+            self._evaluate_on_the_way()
+
+    def missing_evaluation(self) -> bool:
+        """Whether an evaluation was due after the present step and did not come to its end; the same on every rank."""
+        step = self._state.step
+        due = step > 0 and step % self._evaluate_every == 0 and step != self._total_steps
+        return due and any(self._judged_at[split.name] != step for split in self._splits if split.name == "validation")
+
+    def make_up(self) -> None:
+        """The evaluation that is missing, if so; all ranks call it."""
+        if self.missing_evaluation():
+            self._evaluate_on_the_way()
+
+    def _evaluate_on_the_way(self) -> None:
+        self.evaluate([split for split in self._splits if split.name == "validation"])
 
     def after_training(self) -> bool:
         """Logs the last step, where that was not known for the last, and evaluates; returns what `evaluate` does."""

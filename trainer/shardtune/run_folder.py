@@ -21,6 +21,10 @@ TOKENIZER = "tokenizer"
 """The folder of what texts and labels were for the run, in the run's folder."""
 
 
+OF_A_PART = ("command_line", "ranks", "strategy", "devices", "python", "platform", "versions", "git_commit")
+"""What environment.json keeps of earlier parts of a run."""
+
+
 def is_finished(folder: Path) -> bool:
     """Whether a run in `folder` has come to its end."""
     return (folder / "final").is_dir()
@@ -42,7 +46,7 @@ def set_aside(folder: Path) -> Path | None:
     if not folder.exists():
         return None
     if folder.is_dir():
-        os.close(_claim(folder))
+        os.close(claim(folder))
     number = 1
     while folder.with_name(f"{folder.name}.old-{number}").exists():
         number += 1
@@ -59,20 +63,66 @@ def begin(folder: Path, config_yaml: str, environment: dict[str, Any]) -> int:
     """
     try:
         folder.mkdir(parents=True)
-        claim = _claim(folder)
-        (folder / "config.yaml").write_text(config_yaml, encoding="utf-8")
-        text = json.dumps(environment, indent=2, ensure_ascii=False) + "\n"
-        (folder / "environment.json").write_text(text, encoding="utf-8")
+        held = claim(folder)
+        _describe(folder, config_yaml, environment)
     except FileExistsError:
         raise _taken(folder) from None
     except OSError as error:
         raise StorageError(f"{folder}: cannot be written: {error.strerror or error}") from error
-    return claim
+    return held
 
 
-def _claim(folder: Path) -> int:
-    """A descriptor that holds a lock on the folder; the system lifts it when the process ends, however it ends."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def reopen(folder: Path, step: int, config_yaml: str, environment: dict[str, Any]) -> None:
+    """Writes config.yaml and environment.json of a part of the run that goes on after `step`, in a claimed folder.
+
+    What the earlier parts ran on is kept in environment.json under `earlier`, with the steps that each has done and
+    that still count. Raises StorageError where it cannot be written.
+    """
+    before = read_environment(folder)
+    own = {key: value for key, value in before.items() if key in OF_A_PART}
+    parts = [*before.get("earlier", []), {"steps": [before.get("begins_after", 0), step], **own}]
+    earlier = [
+        {**part, "steps": [part["steps"][0], min(part["steps"][1], step)]} for part in parts if part["steps"][0] < step
+    ]
+    try:
+        _describe(folder, config_yaml, {**environment, "begins_after": step, "earlier": earlier})
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be written: {error.strerror or error}") from error
+
+
+def read_environment(folder: Path) -> dict[str, Any]:
+    """What environment.json says; nothing where it cannot be read."""
+    try:
+        found = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _describe(folder: Path, config_yaml: str, environment: dict[str, Any]) -> None:
+    """Each file is the old or the new one, whenever it is interrupted."""
+    described = json.dumps(environment, indent=2, ensure_ascii=False) + "\n"
+    for name, text in (("config.yaml", config_yaml), ("environment.json", described)):
+        partial = folder / f".{name}.partial"
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(folder / name)
+
+
+def claim(folder: Path) -> int:
+    """A descriptor that holds a lock on the folder; the system lifts it when the process ends, however it ends.
+
+    Raises ConfigError where another run holds it, StorageError where it cannot be written in.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be read: {error.strerror or error}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        os.close(descriptor)
+        raise StorageError(f"{folder}: is not writable")
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -58,14 +58,13 @@ class Difference(NamedTuple):
         return self.largest <= share * self.of and math.isfinite(self.of)
 
 
-def export(config: Config, run: Path, out: Path, merge: bool, base: BaseChoice) -> str:
-    """Copies the result to `out`, an adapter merged into its base model if `merge`. Returns what was done.
+def export(config: Config, run: Path, folder: Path, out: Path, merge: bool, base: BaseChoice) -> str:
+    """Copies the result in `folder` to `out`, an adapter merged into its base model if `merge`. Returns what was done.
 
     `base`: what an adapter is merged into: the original weights, or what the quantized ones stand for. Raises
     ConfigError where the result cannot be merged, NumbersError where the merged model's logits are not those of base
     and adapter, and StorageError; then nothing is left at `out`.
     """
-    folder = run / "final"
     if merge:
         _check_mergeable(config, folder, base)
     partial = out.with_name(f"{out.name}.partial")
@@ -73,7 +72,7 @@ def export(config: Config, run: Path, out: Path, merge: bool, base: BaseChoice) 
         shutil.rmtree(partial, ignore_errors=True)
         if merge:
             partial.mkdir(parents=True)
-            said = _merge(config, run, partial, base)
+            said = _merge(config, run, folder, partial, base)
         else:
             shutil.copytree(folder, partial)
             said = "adapter, as peft loads it" if (folder / "adapter_config.json").exists() else _model_note(folder)
@@ -121,9 +120,8 @@ def _check_mergeable(config: Config, folder: Path, base: BaseChoice) -> None:
         )
 
 
-def _merge(config: Config, run: Path, partial: Path, choice: BaseChoice) -> str:
+def _merge(config: Config, run: Path, folder: Path, partial: Path, choice: BaseChoice) -> str:
     """Writes the merged model to `partial`; one model is held at a time. Returns what was done."""
-    folder = run / "final"
     kind, path = config.task.kind, config.model.path
     quantization = quantization_of(config.tuning)
     with quiet_libraries():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,11 @@ from shardtune.assemble.prepared import Prepared
 from shardtune.assemble.quiet import quiet_libraries
 from shardtune.assemble.saving import saved_weights
 from shardtune.assemble.tuned import tuned_model
-from shardtune.checkpoint.reading import Checkpoint
+from shardtune.checkpoint.finding import reasons_against
+from shardtune.checkpoint.names import FOLDER, folder_name, step_of
+from shardtune.checkpoint.reading import Checkpoint, open_checkpoint
 from shardtune.config import Config
+from shardtune.errors import CheckpointError, ConfigError
 from shardtune.model.skeleton import load_architecture
 from shardtune.model.tokenizer import load_tokenizer
 from shardtune.optim.adamw import averaged_values
@@ -26,6 +32,8 @@ from shardtune.result import write_result
 from shardtune.run_folder import TOKENIZER
 from shardtune.strategy.parameters import trained_parameters
 from shardtune.world import World
+
+log = logging.getLogger("shardtune")
 
 
 class AsSaved:
@@ -76,6 +84,38 @@ def write_result_of(saved: Checkpoint, config: Config, run: Path, folder: Path) 
             folder, tuned.model, strategy, tuned.weights, prepared.tokenizer, prepared.labels,
             tuned.skeleton.stored_dtype, tuned.tuning, tuned.shapes, False, world,
         )  # fmt: skip
+
+
+def checkpoint_of(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step of `run` is. Raises ConfigError where there is none."""
+    path = run / FOLDER / folder_name(step)
+    if not path.is_dir():
+        there = sorted(found for entry in (run / FOLDER).glob("*") if (found := step_of(entry)) is not None)
+        steps = ", ".join(map(str, there)) or "none"
+        raise ConfigError(f"command line --step: {run} has no checkpoint of step {step}; it has {steps}")
+    return path
+
+
+@contextmanager
+def as_result(config: Config, path: Path, beside: Path) -> Iterator[Path]:
+    """A result's folder: `path` itself, or one made of the checkpoint there, next to `beside`, and gone afterwards.
+
+    Raises CheckpointError where it is a checkpoint that is damaged.
+    """
+    if step_of(path) is None:
+        yield path
+        return
+    reasons = reasons_against(path)
+    if reasons:
+        raise CheckpointError("\n".join(reasons))
+    folder = beside.absolute().with_name(f".{beside.name}.{path.name}.partial")
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        for note in write_result_of(open_checkpoint(path), config, path.absolute().parent.parent, folder):
+            log.warning(note)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _prepared(config: Config, folder: Path) -> Prepared:

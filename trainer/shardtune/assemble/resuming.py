@@ -24,7 +24,9 @@ class Beginning(NamedTuple):
     def claim(self, folder: Path, config_yaml: str, environment: dict[str, Any]) -> int:
         if self.saved is None:
             return run_folder.begin(folder, config_yaml, environment)
-        return run_folder._claim(folder)
+        held = run_folder.claim(folder)
+        run_folder.reopen(folder, self.saved.step, config_yaml, environment)
+        return held
 
 
 FRESH = Beginning()

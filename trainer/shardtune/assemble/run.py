@@ -97,7 +97,7 @@ def train_run(
     reporter = Reporter(
         folder, world, state, course.total_steps, course.examples_of, config.tracking.every, config.evaluation.every,
         config.tracking.tensorboard, evaluator, evaluated_splits(prepared, config.evaluation.examples),
-        config.model_dump(mode="json"), config.duration.seconds,
+        config.model_dump(mode="json"), config.duration.seconds, saved is not None,
     )  # fmt: skip
     reporter.progress.say(said)
     for change in changes:
@@ -119,6 +119,7 @@ def train_run(
         stopping.training()
         if config.evaluation.baseline and course.total_steps != 0 and saved is None:
             reporter.evaluate()
+        reporter.make_up()
         train(
             state, sys.maxsize if course.total_steps is None else course.total_steps, course.steps, task, in_loop,
             world, rate_of, functools.partial(clip_scale, max_grad_norm=config.optimizer.max_grad_norm), boundaries,

@@ -43,7 +43,6 @@ def facts(config: Config, world: World, prepared: Prepared, tuned: Tuned, kind: 
         lines.append(f"left out or noted: {counted(dropped)}")
     if tuned.skeleton.new_parameters:
         lines.append(f"new, not in the pretrained weights: {', '.join(tuned.skeleton.new_parameters)}")
-    lines.append("no checkpoints are written during the run in this version, only the result")
     return "\n".join(lines)
 
 

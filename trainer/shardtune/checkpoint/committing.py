@@ -11,12 +11,12 @@ from typing import Any
 
 from shardtune.checkpoint import files
 from shardtune.checkpoint.manifest import Kept, Manifest, hash_text
-from shardtune.checkpoint.names import MANIFEST, MANIFEST_HASH, PARTIAL, folder_name, partial_name, step_of
+from shardtune.checkpoint.names import MANIFEST, MANIFEST_HASH, folder_name, partial_name, step_of
 from shardtune.checkpoint.writing import write_text
 
 
-def commit(partial: Path, step: int, reports: Mapping[str, Mapping[str, Any]], texts: Mapping[str, str]) -> Path:
-    """Makes the checkpoint of `step` out of the folder `partial`; where it stands now.
+def commit(partial: Path, step: int, reports: Mapping[str, Mapping[str, Any]], texts: Mapping[str, str]) -> Path | None:
+    """Makes the checkpoint of `step` out of the folder `partial`; where what it has taken the place of stands now.
 
     `reports`: size and SHA-256 of the files that stand there; `texts`: small files to add. Raises OSError.
     """
@@ -32,48 +32,42 @@ def commit(partial: Path, step: int, reports: Mapping[str, Mapping[str, Any]], t
     write_text(partial / MANIFEST_HASH, hash_text(manifest.encode()))
     files.flush_folder(partial)
     whole = partial.with_name(folder_name(step))
+    replaced = None
     if whole.exists():  # of a run that went back behind it and came again
-        _replace(whole, partial)
+        replaced = _replace(whole, partial)
     else:
         files.rename(partial, whole)
     files.flush_folder(whole.parent)
     files.flush_folder(whole.parent.parent)  # the folder of all checkpoints may be new
-    return whole
+    return replaced
 
 
-def prune(newest: Path, keep: int) -> None:
-    """Keeps that one and the `keep` - 1 before it. Each loses its name first: what has it is whole.
+def prune(folder: Path, newest: int, keep: int) -> None:
+    """Keeps that of step `newest` and the `keep` - 1 before it. Each loses its name first: what has it is whole.
 
     Raises OSError.
     """
-    steps = {step: path for path in newest.parent.iterdir() if (step := step_of(path)) is not None}
-    before = sorted((step, path) for step, path in steps.items() if step < (step_of(newest) or 0))
+    steps = {step: path for path in folder.iterdir() if (step := step_of(path)) is not None}
+    before = sorted((step, path) for step, path in steps.items() if step < newest)
     for step, old in before[: max(len(before) - keep + 1, 0)]:
         aside = old.with_name(partial_name(step, f"old-{os.getpid()}"))
         files.rename(old, aside)
         files.remove(aside)
 
 
-def remove_partial(folder: Path) -> None:
-    """What earlier attempts have left. Raises OSError."""
-    for path in folder.glob(".step-*"):
-        if PARTIAL.fullmatch(path.name):
-            files.remove(path)
-
-
 def _kept(data: bytes) -> Kept:
     return Kept(len(data), hashlib.sha256(data).hexdigest())
 
 
-def _replace(whole: Path, partial: Path) -> None:
-    """At every instant there is one of the two where the file system can exchange names."""
+def _replace(whole: Path, partial: Path) -> Path:
+    """At every instant there is one of the two where the file system can exchange names; where the older one is now."""
     try:
         files.exchange(whole, partial)
+        return partial
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
-        aside = partial.with_name(f"{partial.name}-old")
-        files.rename(whole, aside)
-        files.rename(partial, whole)
-        partial = aside
-    files.remove(partial)
+    aside = partial.with_name(f"{partial.name}-old")
+    files.rename(whole, aside)
+    files.rename(partial, whole)
+    return aside

@@ -35,7 +35,7 @@ def listing(folder: Path) -> list[Found]:
     """Every checkpoint in `folder`, and what was or is to become one, by its step; every byte of them is read."""
     found = []
     for pattern in (WHOLE, DAMAGED, PARTIAL):
-        for path, step in _called(folder, pattern):
+        for path, step in called(folder, pattern):
             reasons = ["unfinished: being written, or left by a run that ended meanwhile"]
             if pattern is not PARTIAL:
                 reasons = reasons_against(path)
@@ -43,7 +43,7 @@ def listing(folder: Path) -> list[Found]:
                     reasons = reasons or [
                         "set aside as damaged, but whole now; take .damaged out of its name to use it"
                     ]
-            found.append(Found(path, step, _bytes_in(path), path.lstat().st_mtime, reasons))
+            found.append(Found(path, step, bytes_in(path), path.lstat().st_mtime, reasons))
     return sorted(found, key=lambda entry: (entry.step, entry.path.name))
 
 
@@ -55,7 +55,7 @@ def newest_good(folder: Path, world: World, say: Callable[[str], None]) -> Path 
     """
     kept: set[str] = set()  # damaged ones that could not be renamed
     while True:
-        names = world.first_does("checkpoints", lambda: [path.name for path, _ in _called(folder, WHOLE)])
+        names = world.first_does("checkpoints", lambda: [path.name for path, _ in called(folder, WHOLE)])
         names = [name for name in names if name not in kept]
         if not names:
             break
@@ -66,11 +66,21 @@ def newest_good(folder: Path, world: World, say: Callable[[str], None]) -> Path 
         aside = world.first_does("set aside", lambda path=path, reasons=reasons: _set_aside(path, reasons, say))
         if not aside:
             kept.add(path.name)
-    damaged = world.first_does("damaged", lambda: [path.name for path, _ in _called(folder, DAMAGED)]) + sorted(kept)
+    damaged = world.first_does("damaged", lambda: [path.name for path, _ in called(folder, DAMAGED)]) + sorted(kept)
     if damaged:
         against = {name: _agreed_reasons(folder / name, world) for name in damaged}
         world.first_does("none whole", lambda: _fail(folder, against))
     return None
+
+
+def check_whole(path: Path, world: World) -> None:
+    """Reads every byte of a checkpoint that was asked for by name; all ranks call it and share the reading.
+
+    Raises CheckpointError where it is not whole; it stays as it is.
+    """
+    reasons = _agreed_reasons(path, world)
+    if reasons:
+        world.first_does("not whole", lambda: _refuse(path, reasons))
 
 
 def reasons_against(path: Path) -> list[str]:
@@ -79,19 +89,20 @@ def reasons_against(path: Path) -> list[str]:
     return found or _unfitting(path)
 
 
-def clear_partial(folder: Path) -> list[Path]:
-    """Removes what runs have left that ended while they wrote a checkpoint; for the one that holds the run's folder.
+def bytes_in(path: Path) -> int:
+    """Of the files in a folder; 0 of what is none."""
+    try:
+        with os.scandir(path) as entries:
+            return sum(entry.stat(follow_symlinks=False).st_size for entry in entries)
+    except OSError:
+        return 0
 
-    Returns those that could not be removed.
+
+def called(folder: Path, pattern: re.Pattern[str]) -> list[tuple[Path, int]]:
+    """Entries of a folder, which need not be there, whose names match, and their steps; the oldest first.
+
+    Raises CheckpointError where the folder cannot be read.
     """
-    left = [path for path, _ in _called(folder, PARTIAL)]
-    for path in left:
-        shutil.rmtree(path, ignore_errors=True)
-    return [path for path in left if os.path.lexists(path)]
-
-
-def _called(folder: Path, pattern: re.Pattern[str]) -> list[tuple[Path, int]]:
-    """Entries of a folder, which need not be there, whose names match, and their steps; the oldest first."""
     try:
         matches = [match for match in map(pattern.fullmatch, os.listdir(folder)) if match]
     except FileNotFoundError:
@@ -101,6 +112,17 @@ def _called(folder: Path, pattern: re.Pattern[str]) -> list[tuple[Path, int]]:
     return [
         (folder / match[0], int(match[1])) for match in sorted(matches, key=lambda match: (int(match[1]), match[0]))
     ]
+
+
+def clear_partial(folder: Path) -> list[Path]:
+    """Removes what runs have left that ended while they wrote a checkpoint; for the one that holds the run's folder.
+
+    Returns those that could not be removed.
+    """
+    left = [path for path, _ in called(folder, PARTIAL)]
+    for path in left:
+        shutil.rmtree(path, ignore_errors=True)
+    return [path for path in left if os.path.lexists(path)]
 
 
 def _agreed_reasons(path: Path, world: World) -> list[str]:
@@ -148,6 +170,14 @@ def _set_aside(path: Path, reasons: list[str], say: Callable[[str], None]) -> bo
     return not os.path.lexists(path)
 
 
+def _refuse(path: Path, reasons: list[str]) -> None:
+    """Raises CheckpointError."""
+    raise CheckpointError(
+        "\n".join(reasons) + f"\n{path}: is not whole, so the run does not begin from it; it was left as it is. Name "
+        "another one, or go on from the newest good one of the run with checkpoint.resume=auto"
+    )
+
+
 def _fail(folder: Path, against: dict[str, list[str]]) -> None:
     """Says why no checkpoint serves. Raises CheckpointError."""
     lines = []
@@ -157,12 +187,3 @@ def _fail(folder: Path, against: dict[str, list[str]]) -> None:
         "\n".join(lines) + f"\n{folder}: no checkpoint there is whole, so the run does not go on; nothing was removed. "
         "Put a good copy there, or begin anew with checkpoint.resume=never, which sets the run's folder aside"
     )
-
-
-def _bytes_in(path: Path) -> int:
-    """Of the files in a folder; 0 of what is none."""
-    try:
-        with os.scandir(path) as entries:
-            return sum(entry.stat(follow_symlinks=False).st_size for entry in entries)
-    except OSError:
-        return 0

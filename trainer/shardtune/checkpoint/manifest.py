@@ -36,11 +36,6 @@ class Manifest:
     step: int
     files: Mapping[str, Kept]
 
-    @property
-    def bytes(self) -> int:
-        """Of all files."""
-        return sum(kept.size for kept in self.files.values())
-
     def text(self) -> str:
         """What manifest.json holds."""
         files = {name: {"size": kept.size, "sha256": kept.sha256} for name, kept in sorted(self.files.items())}
@@ -69,12 +64,12 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{folder}: {error}") from None
 
 
-def verify(folder: Path) -> Manifest:
-    """Reads every byte of a checkpoint; what it holds if it is whole.
+def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> Manifest:
+    """Reads every byte of a checkpoint, or this rank's `share` (see `problems`); what it holds if it is whole.
 
     Raises CheckpointError with a line for each file that is not as it was written.
     """
-    found = problems(folder)
+    found = problems(folder, share)
     if found:
         raise CheckpointError("\n".join(f"{folder}: {problem}" for problem in found))
     return read_manifest(folder)
@@ -95,13 +90,15 @@ def problems(folder: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
         return [f"{folder.name}: {unreadable(error)}"]
     expected = {*manifest.files, MANIFEST, MANIFEST_HASH}
     found = [f"{name}: not in the manifest" for name in sorted(names - expected)]
-    found += [f"{MANIFEST}: {problem}" for problem in [_other_step(folder, manifest)] if problem is not None]
+    of_folder = step_of(folder)
+    if of_folder is not None and of_folder != manifest.step:
+        found.append(f"{MANIFEST}: of step {manifest.step}, in a folder that says step {of_folder}")
     own = _share(manifest.files, *share)
     for name, kept in manifest.files.items():
         problem = _difference(folder / name, kept, read=name in own)
         if problem is not None:
             found.append(f"{name}: {problem}")
-    return found
+    return found or _other_state(folder, manifest)
 
 
 def _read_manifest(folder: Path) -> Manifest:
@@ -138,16 +135,13 @@ def _parsed(value: dict[str, Any]) -> Manifest:
     return Manifest(value["step"], made)
 
 
-def _other_step(folder: Path, manifest: Manifest) -> str | None:
-    """What is wrong where the manifest is of another checkpoint than the folder's name or its state."""
-    of_folder = step_of(folder)
-    if of_folder is not None and of_folder != manifest.step:
-        return f"of step {manifest.step}, in a folder that says step {of_folder}"
+def _other_state(folder: Path, manifest: Manifest) -> list[str]:
+    """What is wrong where the manifest is of another step than the state beside it."""
     try:
-        of_state = read_object(folder / STATE).get("step")
-    except NotWhole:
-        return None  # said of that file
-    return f"of step {manifest.step}, beside a {STATE} of step {of_state}" if of_state != manifest.step else None
+        step = read_object(folder / STATE).get("step")
+    except NotWhole as error:
+        return [f"{STATE}: {error}"]
+    return [f"{MANIFEST}: of step {manifest.step}, beside a {STATE} of step {step}"] if step != manifest.step else []
 
 
 def _share(files: Mapping[str, Kept], rank: int, ranks: int) -> set[str]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from shardtune.checkpoint import files
 from shardtune.checkpoint.arena import Arena
-from shardtune.checkpoint.committing import remove_partial
+from shardtune.checkpoint.finding import clear_partial
 from shardtune.checkpoint.layout import lay_out
 from shardtune.checkpoint.names import CONFIG, STATE, folder_name, partial_name, rank_file, step_of
 from shardtune.checkpoint.writer import Writer
@@ -87,8 +87,7 @@ class Saver:
         self._save: _Save | None = None
         self._boundaries = 0
         if world.is_first:
-            with suppress(OSError):  # the first save says what is wrong
-                remove_partial(folder)
+            clear_partial(folder)
 
     def asks(self) -> list[float]:
         """Whether this rank is done, has failed to store, has lost its process: at most one of them."""
@@ -170,7 +169,7 @@ class Saver:
         if self._arena is None:
             self._arena = Arena(self._world.device)
             self._arena.warm(size)
-        if self._writer is None:
+        if self._writer is None or not self._writer.alive:
             self._writer = Writer(self._arena.descriptor)
         return self._arena, self._writer
 

@@ -35,6 +35,11 @@ class Writer:
         self._received = b""
         self.busy = False
 
+    @property
+    def alive(self) -> bool:
+        """Whether it can be told anything."""
+        return self._process.poll() is None
+
     def tell(self, what: str, **arguments: Any) -> None:
         """Gives it something to do, which is answered even where it has ended."""
         assert self._process.stdin is not None

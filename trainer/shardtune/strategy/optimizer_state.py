@@ -36,8 +36,13 @@ class Part(NamedTuple):
     """What the optimizer has them in: the key of its state."""
     offset: int
     """Where they begin in `held`, flattened."""
-    count: int
+    elements: int
     """How many they are."""
+
+    def values(self, tensor: Tensor | None = None) -> Tensor:
+        """Them in `held`, or what belongs to them in a tensor of the same shape: 1-D, the memory itself."""
+        whole = self.held if tensor is None else tensor
+        return whole.detach().view(-1)[self.offset : self.offset + self.elements]
 
 
 def whole_part(name: str, shape: Iterable[int], start: int, held: Tensor) -> Part:
@@ -57,8 +62,7 @@ def state_pieces(optimizer: torch.optim.Optimizer | None, parts: Iterable[Part])
     for part in parts:
         for what, value in optimizer.state.get(part.held, {}).items():
             if isinstance(value, Tensor) and value.shape == part.held.shape:
-                own = value.detach().view(-1)[part.offset : part.offset + part.count]
-                yield Piece(part.name, what, part.shape, part.start, own)
+                yield Piece(part.name, what, part.shape, part.start, part.values(value))
             elif part.start == 0:
                 yield _whole(part.name, what, value)
         if part.start == 0:
@@ -120,8 +124,7 @@ def _restore(
         dtype = saved.read(first.name, what, 0, 1).dtype
         state[what] = torch.zeros(held.shape, dtype=dtype, device=held.device)
     for part in parts:
-        own = state[what].view(-1)[part.offset : part.offset + part.count]
-        read_into(own, functools.partial(saved.read, part.name, what), part.start)
+        read_into(part.values(state[what]), functools.partial(saved.read, part.name, what), part.start)
 
 
 def _number(parts: list[Part], what: str, saved: Saved) -> Tensor:

@@ -13,8 +13,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from shardtune.protocols import MakeOptimizer, Shard, Weights
+from shardtune.protocols import VALUE, MakeOptimizer, Piece, Saved, Shard, Weights
 from shardtune.strategy.gradients import scale_in_place, set_learning_rate, sharded_norm
+from shardtune.strategy.optimizer_state import Part, restore_state, state_pieces
 from shardtune.strategy.parameters import (
     fill,
     fill_buffers,
@@ -234,23 +235,18 @@ class Zero:
         accumulated = self._accumulated
         if self._offload == "none":  # they may still wait for the last micro-batch
             accumulated = any(group for group in self._engine.optimizer.averaged_gradients.values())
-        for name, parameter in trained_parameters(self._module):
+        for parameter, part in self._parts():
             gradient = None
             if self._stage == 3:
-                own = self._range(parameter)
-                if not len(own):
-                    continue
-                value = cast(Tensor, safe_get_local_fp32_param(parameter)).detach().view(-1)[: len(own)]
+                value = cast(Tensor, safe_get_local_fp32_param(parameter)).detach().view(-1)[: part.elements]
                 if accumulated:
-                    gradient = cast(Tensor, safe_get_local_grad(parameter)).view(-1)[: len(own)]
-                yield Shard(name, own.start, value, gradient)
-                continue
-            fragment = getattr(parameter, "_hp_mapping", None)
-            if fragment is not None:
+                    gradient = cast(Tensor, safe_get_local_grad(parameter)).view(-1)[: part.elements]
+            else:
+                value = part.values()
                 if accumulated:
                     index = parameter._index_in_param_group  # pyright: ignore[reportAttributeAccessIssue]
-                    gradient = fragment.get_lp_grad_fragment(index).view(-1)
-                yield Shard(name, fragment.lp_fragment_address.start, fragment.hp_fragment.detach().view(-1), gradient)
+                    gradient = _fragment(parameter).get_lp_grad_fragment(index).view(-1)
+            yield Shard(part.name, part.start, value, gradient)
 
     def overwrite(self, name: str, value: Tensor) -> None:
         """Each rank sets its part of the master weight, and what it holds of the parameter."""
@@ -269,6 +265,45 @@ class Zero:
             partition.data.copy_(local)
         if parameter.numel() == value.numel():  # a small one is whole on every rank under stage 3 too
             parameter.data.view(-1).copy_(value)
+
+    def pieces(self) -> Iterator[Piece]:
+        """Of the master weights, and what they are updated with."""
+        parts = [part for _, part in self._parts()]
+        for part in parts:
+            yield Piece(part.name, VALUE, part.shape, part.start, part.values())
+        yield from state_pieces(self._engine.optimizer.optimizer, parts)
+
+    def restore(self, saved: Saved) -> None:
+        """Each rank reads what it updates its part of the master weights with."""
+        parts = [part for _, part in self._parts()]
+        engine = self._engine.optimizer
+        if self._stage < 3:
+            restore_state(engine.optimizer, parts, saved)
+            return
+        for index, held in enumerate(engine.fp32_partitioned_groups_flat):
+            group = engine.optimizer.param_groups[engine.sub_group_to_group_id[index]]
+            group["params"] = [held]  # only meanwhile, as in DeepSpeed's own step
+            restore_state(engine.optimizer, [part for part in parts if part.held is held], saved)
+            group["params"] = []
+
+    def _parts(self) -> Iterator[tuple[nn.Parameter, Part]]:
+        """Each trained parameter that this rank has a part of: under stage 3 a range of it; before, what lies in this
+        rank's range of all of them."""
+        engine = self._engine.optimizer
+        for name, parameter in trained_parameters(self._module):
+            if self._stage == 3:
+                own = self._range(parameter)
+                index, offset, _ = engine.grad_position[engine.get_param_id(parameter)]
+                held = engine.fp32_partitioned_groups_flat[index]
+                part = Part(name, tuple(_full_shape(parameter)), own.start, held, offset, len(own))
+            elif (fragment := _fragment(parameter)) is not None:
+                held = engine.single_partition_of_fp32_groups[fragment.param_group_index]
+                within, place = fragment.lp_fragment_address, fragment.hp_fragment_address
+                part = Part(name, tuple(parameter.shape), within.start, held, place.start, place.numel)
+            else:
+                continue
+            if part.elements:
+                yield parameter, part
 
     def _range(self, parameter: nn.Parameter) -> range:
         """This rank's part of a flattened parameter under stage 3."""
@@ -310,3 +345,8 @@ def _for_disk(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 def _full_shape(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _fragment(parameter: nn.Parameter) -> Any:
+    """Before stage 3: where this rank's part of the parameter lies among the master weights; None: it has none."""
+    return getattr(parameter, "_hp_mapping", None)
