@@ -98,6 +98,17 @@ def test_the_run_is_repeated_by_its_config(done: Path) -> None:
     assert f"begins as the adapter in {done / 'runs' / 'lora-1' / 'final'}" in log
 
 
+def test_going_on_needs_no_adapter_any_more(tmp_path: Path) -> None:
+    """The options that were taken over are those of the run that is gone on with."""
+    gone = {"method": "lora", "from": str(tmp_path / "gone"), "alpha": 7}
+    config = load_config(tiny.tiny_config(tmp_path, tuning=gone), [])
+    with pytest.raises(ConfigError, match=r"tuning\.from .*gone: there is no adapter_config\.json"):
+        take_over(config)
+    resolved: Any = config.tuning.model_copy(update={"rank": 3, "targets": ["q", "v"]})
+    again: Any = take_over(config, resolved.model_dump(mode="json")).tuning
+    assert (again.rank, again.alpha, again.targets) == (3, 7, ["q", "v"])
+
+
 # --------------------------------------------------------------------------------------------- PEFT's adapters
 
 

@@ -72,8 +72,8 @@ def identity(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes it to `folder`, the same whether texts were tokenized before or not: `tokenizer.json` would hold the length
-    limit and the padding of the last call."""
+    """Writes it to `folder`, the same whether texts were tokenized before or not: `tokenizer.json` would hold the
+    length limit and the padding of the last call."""
     if isinstance(tokenizer, PreTrainedTokenizerFast):
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
