@@ -8,7 +8,7 @@ from pathlib import Path
 
 from shardtune.checkpoint.finding import Found, bytes_in, called, listing, reasons_against
 from shardtune.checkpoint.manifest import read_manifest
-from shardtune.checkpoint.names import DAMAGED, FOLDER, MANIFEST, PARTIAL, STATE, WHOLE
+from shardtune.checkpoint.names import DAMAGED, FOLDER, MANIFEST, PARTIAL, STATE, WHOLE, folder_name, step_of
 from shardtune.errors import CheckpointError, ConfigError
 from shardtune.text_table import table
 
@@ -86,3 +86,13 @@ def _run_above(path: Path) -> str:
         if (folder / FOLDER).is_dir():
             return f"; did you mean {folder}?"
     return ""
+
+
+def checkpoint_of(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step of `run` is. Raises ConfigError where there is none."""
+    path = run / FOLDER / folder_name(step)
+    if not path.is_dir():
+        there = sorted(found for entry in (run / FOLDER).glob("*") if (found := step_of(entry)) is not None)
+        steps = ", ".join(map(str, there)) or "none"
+        raise ConfigError(f"command line --step: {run} has no checkpoint of step {step}; it has {steps}")
+    return path

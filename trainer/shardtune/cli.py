@@ -89,19 +89,21 @@ def _parser() -> Parser:
     evaluate = commands.add_parser("evaluate", help="judge a tuned model on a split")
     _add_config(evaluate)
     evaluate.add_argument(
-        "--checkpoint", type=Path, metavar="PATH", help="a result's folder (default: the run's final)"
+        "--checkpoint", type=Path, metavar="PATH", help="a result's folder, or a checkpoint (default: the run's final)"
     )
     evaluate.add_argument("--split", choices=["validation", "test"], default="test", help="default: test")
     evaluate.set_defaults(run=_evaluate, command=evaluate)
 
     generate = commands.add_parser("generate", help="try the tuned model")
     generate.add_argument("--run", type=Path, required=True, metavar="DIR", dest="folder", help="the run's folder")
+    _add_step(generate)
     generate.add_argument("--input", type=Path, metavar="FILE.jsonl", help="rows with the fields of the training data")
     generate.add_argument("text", nargs="?", metavar="TEXT", help="one source text, or a user's turn")
     generate.set_defaults(run=_generate, command=generate)
 
     export = commands.add_parser("export", help="write the result as a Hugging Face folder")
     export.add_argument("--run", type=Path, required=True, metavar="DIR", dest="folder", help="the run's folder")
+    _add_step(export)
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that does not exist yet")
     export.add_argument("--merge", action="store_true", help="merge an adapter into its base model")
     export.add_argument(
@@ -145,6 +147,10 @@ def _parser() -> Parser:
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the run's YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="in place of what the file says")
+
+
+def _add_step(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--step", type=int, metavar="N", help="of a checkpoint, in place of the result")
 
 
 def _config(options: argparse.Namespace) -> Config:
@@ -260,9 +266,12 @@ def _evaluate(options: argparse.Namespace) -> int:
     from shardtune.assemble.data import read_texts
 
     corpus = read_texts(config)
+    from shardtune.assemble.of_step import as_result
     from shardtune.assemble.trained import evaluate
 
-    print(evaluate(config, corpus, options.checkpoint, options.split))
+    run = Path(config.runs) / config.name
+    with as_result(config, options.checkpoint or run / "final", run / "evaluated") as (folder, label):
+        print(evaluate(config, corpus, folder, options.split, label))
     return 0
 
 
@@ -284,14 +293,16 @@ def _generate(options: argparse.Namespace) -> int:
     if (options.text is None) == (options.input is None):
         problem = "neither is" if options.text is None else "both are"
         raise ConfigError(f"command line: give a TEXT or --input FILE.jsonl; {problem} given")
-    config = _config_of_run(options.folder)
+    config, result = _of_run(options)
     from shardtune.assemble.data import read_sources, source_of
 
     sources = [source_of(config, options.text)] if options.text is not None else read_sources(config, options.input)
+    from shardtune.assemble.of_step import as_result
     from shardtune.assemble.trained import generate
 
-    for line in generate(config, options.folder, sources, as_json=options.input is not None):
-        print(line, flush=True)
+    with as_result(config, result, options.folder / "tried") as (folder, _):
+        for line in generate(config, folder, sources, as_json=options.input is not None):
+            print(line, flush=True)
     return 0
 
 
@@ -300,21 +311,32 @@ def _export(options: argparse.Namespace) -> int:
         raise ConfigError(f"command line --out: {options.out} is there already; name a new folder")
     if options.base is not None and not options.merge:
         raise ConfigError("command line --base: only with --merge")
-    config = _config_of_run(options.folder)
+    config, result = _of_run(options)
     from shardtune.assemble.export import export
+    from shardtune.assemble.of_step import as_result
 
-    print(export(config, options.folder, options.out, options.merge, options.base or "original"))
+    with as_result(config, result, options.out) as (folder, _):
+        print(export(config, options.folder, folder, options.out, options.merge, options.base or "original"))
     return 0
 
 
-def _config_of_run(folder: Path) -> Config:
+def _of_run(options: argparse.Namespace) -> tuple[Config, Path]:
+    """The run's config, and where its result is: `final`, or the checkpoint of `--step`."""
+    from shardtune.checkpoint_commands import checkpoint_of
     from shardtune.config_file import load_config
 
+    folder: Path = options.folder
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"command line --run: {folder} is no run's folder (no config.yaml)")
+    config = load_config(folder / "config.yaml", [])
+    if options.step is not None:
+        return config, checkpoint_of(folder, options.step)
     if not (folder / "final").is_dir():
-        raise ConfigError(f"command line --run: {folder} has no final/; the run has not come to its end")
-    return load_config(folder / "config.yaml", [])
+        raise ConfigError(
+            f"command line --run: {folder} has no final/; the run has not come to its end. --step N takes one of its "
+            "checkpoints"
+        )
+    return config, folder / "final"
 
 
 def _verify(options: argparse.Namespace) -> int:

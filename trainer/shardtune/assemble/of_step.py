@@ -19,10 +19,10 @@ from shardtune.assemble.quiet import quiet_libraries
 from shardtune.assemble.saving import saved_weights
 from shardtune.assemble.tuned import tuned_model
 from shardtune.checkpoint.finding import reasons_against
-from shardtune.checkpoint.names import FOLDER, folder_name, step_of
+from shardtune.checkpoint.names import step_of
 from shardtune.checkpoint.reading import Checkpoint, open_checkpoint
 from shardtune.config import Config
-from shardtune.errors import CheckpointError, ConfigError
+from shardtune.errors import CheckpointError
 from shardtune.model.skeleton import load_architecture
 from shardtune.model.tokenizer import load_tokenizer
 from shardtune.optim.adamw import averaged_values
@@ -86,24 +86,16 @@ def write_result_of(saved: Checkpoint, config: Config, run: Path, folder: Path) 
         )  # fmt: skip
 
 
-def checkpoint_of(run: Path, step: int) -> Path:
-    """Where the checkpoint of a step of `run` is. Raises ConfigError where there is none."""
-    path = run / FOLDER / folder_name(step)
-    if not path.is_dir():
-        there = sorted(found for entry in (run / FOLDER).glob("*") if (found := step_of(entry)) is not None)
-        steps = ", ".join(map(str, there)) or "none"
-        raise ConfigError(f"command line --step: {run} has no checkpoint of step {step}; it has {steps}")
-    return path
-
-
 @contextmanager
-def as_result(config: Config, path: Path, beside: Path) -> Iterator[Path]:
-    """A result's folder: `path` itself, or one made of the checkpoint there, next to `beside`, and gone afterwards.
+def as_result(config: Config, path: Path, beside: Path) -> Iterator[tuple[Path, str]]:
+    """A result's folder and what to call it: `path` itself, final, or one made of the checkpoint there, its step, next
+    to `beside`, and gone afterwards.
 
     Raises CheckpointError where it is a checkpoint that is damaged.
     """
-    if step_of(path) is None:
-        yield path
+    step = step_of(path)
+    if step is None:
+        yield path, "final"
         return
     reasons = reasons_against(path)
     if reasons:
@@ -113,7 +105,7 @@ def as_result(config: Config, path: Path, beside: Path) -> Iterator[Path]:
     try:
         for note in write_result_of(open_checkpoint(path), config, path.absolute().parent.parent, folder):
             log.warning(note)
-        yield folder
+        yield folder, str(step)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -100,8 +100,9 @@ def train_run(
         config.model_dump(mode="json"), config.duration.seconds, beginning.goes_on,
     )  # fmt: skip
     reporter.progress.say(said)
-    for change in changes:
-        reporter.progress.say(change)
+    if saved is not None:
+        origin = f"step {saved.step} of {saved.folder}, saved on {saved.ranks} ranks under {saved.state['strategy']}"
+        reporter.progress.say("\n".join([f"goes on from {origin}", *(f"  {change}" for change in changes)]))
     if tuned.tuning.quantization is not None:
         reporter.progress.say(describe_stored([Stored(*rank) for rank in held]))
     saver = Saver(

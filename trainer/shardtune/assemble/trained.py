@@ -32,12 +32,11 @@ log = logging.getLogger("shardtune")
 GENERATED_AT_ONCE = 8
 
 
-def evaluate(config: Config, corpus: Corpus, folder: Path | None, split_name: str) -> str:
-    """Judges the result in `folder` (by default the run's) on a split; returns the table of scores.
+def evaluate(config: Config, corpus: Corpus, folder: Path, split_name: str, label: str) -> str:
+    """Judges the result in `folder` on a split; returns the table of scores.
 
-    Predictions go to the run's folder of predictions as step-final-<split>.jsonl, beside those of the run.
+    Predictions go to the run's folder of predictions as step-<label>-<split>.jsonl, beside those of the run.
     """
-    folder = folder or Path(config.runs) / config.name / "final"
     if not folder.is_dir():
         raise ConfigError(f"{folder}: there is no result to evaluate; train first, or name one with --checkpoint")
     _check_fits(config, folder)
@@ -54,7 +53,7 @@ def evaluate(config: Config, corpus: Corpus, folder: Path | None, split_name: st
             config.evaluation.beams, judged_at_once(config.batch), Path(config.runs) / config.name / "predictions",
             told_to_stop=lambda: None,
         )  # fmt: skip
-        judged = evaluator.run("final", found[0], lambda examples: None)
+        judged = evaluator.run(label, found[0], lambda examples: None)
         assert judged is not None  # nobody told it to stop
         scores, _ = judged
     world.close()
@@ -76,9 +75,9 @@ def _check_fits(config: Config, folder: Path) -> None:
         )
 
 
-def generate(config: Config, run: Path, sources: Sequence[str], as_json: bool) -> Iterator[str]:
-    """What the run's model writes for each source: as it is, or as JSON lines with source and prediction."""
-    folder = run / "final"
+def generate(config: Config, folder: Path, sources: Sequence[str], as_json: bool) -> Iterator[str]:
+    """What the model in a result's folder writes for each source: as it is, or as JSON lines with source and
+    prediction."""
     with quiet_libraries():
         tokenizer = load_tokenizer(str(folder), config.task.truncation_side, config.model.trust_remote_code)
         model = load_result(config, folder, tokenizer, DTYPES[config.model.dtype])
