@@ -11,7 +11,7 @@ import yaml
 
 from shardtune.aliases import ALIASES
 from shardtune.config import CausalConfig, ClassificationConfig, Config, Seq2SeqConfig
-from shardtune.config_file import NOT_YET, dump_config, keys_of, load_config
+from shardtune.config_file import dump_config, keys_of, load_config
 from shardtune.conflicts import conflicts
 from shardtune.errors import ConfigError
 from shardtune.tuning_config import LoraConfig, TuningConfig
@@ -362,11 +362,6 @@ def test_names_of_other_tools(file: File, name: str) -> None:
         assert any(f" {section}.{name}: unknown key; did you mean {ours}?" in fault for fault in inside), inside
 
 
-def test_planned_keys_are_no_keys_yet() -> None:
-    known = {key for task in TASKS for key in keys_of(Config, {"task": {"kind": task}})}
-    assert not NOT_YET & known
-
-
 # -------------------------------------------------------------------------------------- no false refusals
 
 STRINGS = [
@@ -544,3 +539,27 @@ def test_conflicts_are_told_together_and_on_their_place(file: File) -> None:
 
 def test_shares_are_only_checked_where_they_are_used(file: File) -> None:
     assert file.read(BASE.replace("x.jsonl", "x.jsonl, splits: [0.5, 0.1, 0.1], test: y.jsonl")).data.test == "y.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ("every: 10x", "every: '10x' should be a whole number of steps, or of seconds, minutes or hours: 30s, 10m, 2h"),
+        ("every: 0m", "every: '0m' should be a whole number of steps, or of seconds, minutes or hours: 30s, 10m, 2h"),
+        ("every: 0", "every: should be greater than or equal to 1, not 0"),
+        ("every: 1.5", "every: should be an integer, not 1.5"),
+        ("resume: true", "resume: should be a string, not true"),
+        ("resume: ''", "resume: string should have at least 1 character, not ''"),
+        ("save_steps: 5", "save_steps: unknown key; did you mean checkpoint.every?"),
+        ("resume_from_checkpoint: x", "resume_from_checkpoint: unknown key; did you mean checkpoint.resume?"),
+    ],
+)
+def test_when_checkpoints_are_made_and_gone_on_from(tmp_path: Path, given: str, problem: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "model: {path: m}\ntask: {kind: causal, text: text}\ndata: {train: d.jsonl}\n"
+        f"checkpoint:\n  keep: 2\n  {given}\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, [])
+    assert str(caught.value) == f"{path}:6 checkpoint.{problem}"
