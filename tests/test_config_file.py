@@ -193,7 +193,7 @@ def test_overrides_make_sections(file: File) -> None:
 
 def test_overrides_replace_duration_and_method(file: File) -> None:
     timed = BASE + "duration: {epochs: 3}\n"
-    assert file.read(timed, "duration.steps=7").duration.model_dump() == {"epochs": None, "steps": 7}
+    assert file.read(timed, "duration.steps=7").duration.model_dump(exclude_none=True) == {"steps": 7}
     assert file.read(timed, "duration={steps: 7}").duration.steps == 7
     assert file.read(BASE, "duration.steps=7").duration.steps == 7
     assert "give exactly one" in file.faults(timed, "duration.steps=7", "duration.epochs=1")[0]
@@ -285,7 +285,7 @@ checkpoint: 7
         ("tracking: {wandb: true}", "tracking.wandb: true is not possible in this version, only false"),
         ("strategy: {kind: fsdp}", "strategy.kind: 'fsdp' is not one of auto, single, ddp, fsdp2, zero1, zero2, zero3; "
                                    "did you mean fsdp2?"),
-        ("duration: {minutes: 5}", "duration.minutes: this version does not have this key yet; leave it out"),
+        ("duration: {minutes: 0}", "duration.minutes: should be greater than 0, not 0"),
     ],
 )  # fmt: skip
 def test_fault(file: File, line: str, fault: str) -> None:
@@ -432,7 +432,7 @@ def random_config(rng: random.Random) -> Config:
     values["data"].pop("splits", None)
     if rng.random() < 0.5:
         values["data"]["splits"] = rng.choice([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0], [0.9, 0, 0.1]])
-    values["duration"] = rng.choice([{"epochs": 0.1}, {"epochs": 3}, {"steps": 0}, {"steps": 7}])
+    values["duration"] = rng.choice([{"epochs": 0.1}, {"epochs": 3}, {"steps": 0}, {"steps": 7}, {"minutes": 2}])
     sources = values["data"]["train"]
     if isinstance(sources, list):
         kind = rng.choice(["path", "weight", "tokens"])
@@ -448,6 +448,8 @@ def random_config(rng: random.Random) -> Config:
         values.get("model", {}).pop("attention", None)
         if task["kind"] == "classification":
             del values["data"]["batching"]
+    if "checkpoint" in values:
+        values["checkpoint"]["every"] = rng.choice([1, 700, "30s", "10m", "2h"])
     if "evaluation" in values:
         values["evaluation"]["metrics"] = rng.choice([None, [], ["perplexity"]])
     config = Config.model_validate(values)
@@ -503,8 +505,8 @@ EXACTLY = "the input comes from exactly one of"
         (BASE.replace("x.jsonl", "x.jsonl, splits: [0, 0.5, 0.5]"),
          "FILE:3 data.splits: the share of the training examples, the first, cannot be 0"),
         (BASE + "duration: {epochs: 1, steps: 3}",
-         "FILE:4 duration: give exactly one of duration.epochs and duration.steps"),
-        (BASE + "duration: {}", "FILE:4 duration: give exactly one of duration.epochs and duration.steps"),
+         "FILE:4 duration: give exactly one of duration.epochs, duration.steps and duration.minutes"),
+        (BASE + "duration: {}", "FILE:4 duration: give exactly one of duration.epochs, duration.steps and duration.minutes"),
         (BASE.replace("a/b", "a/b, weights: random, tokenizer: 'train:x'"),
          "FILE:1 model.tokenizer: train:N needs a whole number N of pieces, at least 300 (256 are the bytes)"),
         (BASE.replace("a/b", "a/b, weights: random, tokenizer: 'train:299'"),
