@@ -11,7 +11,7 @@ import yaml
 
 from shardtune.aliases import ALIASES
 from shardtune.config import CausalConfig, ClassificationConfig, Config, Seq2SeqConfig
-from shardtune.config_file import NOT_YET, dump_config, keys_of, load_config
+from shardtune.config_file import dump_config, keys_of, load_config
 from shardtune.conflicts import conflicts
 from shardtune.errors import ConfigError
 from shardtune.tuning_config import LoraConfig, TuningConfig
@@ -193,7 +193,7 @@ def test_overrides_make_sections(file: File) -> None:
 
 def test_overrides_replace_duration_and_method(file: File) -> None:
     timed = BASE + "duration: {epochs: 3}\n"
-    assert file.read(timed, "duration.steps=7").duration.model_dump() == {"epochs": None, "steps": 7}
+    assert file.read(timed, "duration.steps=7").duration.model_dump(exclude_none=True) == {"steps": 7}
     assert file.read(timed, "duration={steps: 7}").duration.steps == 7
     assert file.read(BASE, "duration.steps=7").duration.steps == 7
     assert "give exactly one" in file.faults(timed, "duration.steps=7", "duration.epochs=1")[0]
@@ -285,7 +285,7 @@ checkpoint: 7
         ("tracking: {wandb: true}", "tracking.wandb: true is not possible in this version, only false"),
         ("strategy: {kind: fsdp}", "strategy.kind: 'fsdp' is not one of auto, single, ddp, fsdp2, zero1, zero2, zero3; "
                                    "did you mean fsdp2?"),
-        ("duration: {minutes: 5}", "duration.minutes: this version does not have this key yet; leave it out"),
+        ("duration: {minutes: 0}", "duration.minutes: should be greater than 0, not 0"),
     ],
 )  # fmt: skip
 def test_fault(file: File, line: str, fault: str) -> None:
@@ -362,11 +362,6 @@ def test_names_of_other_tools(file: File, name: str) -> None:
         assert any(f" {section}.{name}: unknown key; did you mean {ours}?" in fault for fault in inside), inside
 
 
-def test_planned_keys_are_no_keys_yet() -> None:
-    known = {key for task in TASKS for key in keys_of(Config, {"task": {"kind": task}})}
-    assert not NOT_YET & known
-
-
 # -------------------------------------------------------------------------------------- no false refusals
 
 STRINGS = [
@@ -437,7 +432,7 @@ def random_config(rng: random.Random) -> Config:
     values["data"].pop("splits", None)
     if rng.random() < 0.5:
         values["data"]["splits"] = rng.choice([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0], [0.9, 0, 0.1]])
-    values["duration"] = rng.choice([{"epochs": 0.1}, {"epochs": 3}, {"steps": 0}, {"steps": 7}])
+    values["duration"] = rng.choice([{"epochs": 0.1}, {"epochs": 3}, {"steps": 0}, {"steps": 7}, {"minutes": 2}])
     sources = values["data"]["train"]
     if isinstance(sources, list):
         kind = rng.choice(["path", "weight", "tokens"])
@@ -453,6 +448,8 @@ def random_config(rng: random.Random) -> Config:
         values.get("model", {}).pop("attention", None)
         if task["kind"] == "classification":
             del values["data"]["batching"]
+    if "checkpoint" in values:
+        values["checkpoint"]["every"] = rng.choice([1, 700, "30s", "10m", "2h"])
     if "evaluation" in values:
         values["evaluation"]["metrics"] = rng.choice([None, [], ["perplexity"]])
     config = Config.model_validate(values)
@@ -508,8 +505,9 @@ EXACTLY = "the input comes from exactly one of"
         (BASE.replace("x.jsonl", "x.jsonl, splits: [0, 0.5, 0.5]"),
          "FILE:3 data.splits: the share of the training examples, the first, cannot be 0"),
         (BASE + "duration: {epochs: 1, steps: 3}",
-         "FILE:4 duration: give exactly one of duration.epochs and duration.steps"),
-        (BASE + "duration: {}", "FILE:4 duration: give exactly one of duration.epochs and duration.steps"),
+         "FILE:4 duration: give exactly one of duration.epochs, duration.steps and duration.minutes"),
+        (BASE + "duration: {}",
+         "FILE:4 duration: give exactly one of duration.epochs, duration.steps and duration.minutes"),
         (BASE.replace("a/b", "a/b, weights: random, tokenizer: 'train:x'"),
          "FILE:1 model.tokenizer: train:N needs a whole number N of pieces, at least 300 (256 are the bytes)"),
         (BASE.replace("a/b", "a/b, weights: random, tokenizer: 'train:299'"),
@@ -544,3 +542,27 @@ def test_conflicts_are_told_together_and_on_their_place(file: File) -> None:
 
 def test_shares_are_only_checked_where_they_are_used(file: File) -> None:
     assert file.read(BASE.replace("x.jsonl", "x.jsonl, splits: [0.5, 0.1, 0.1], test: y.jsonl")).data.test == "y.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ("every: 10x", "every: '10x' should be a whole number of steps, or of seconds, minutes or hours: 30s, 10m, 2h"),
+        ("every: 0m", "every: '0m' should be a whole number of steps, or of seconds, minutes or hours: 30s, 10m, 2h"),
+        ("every: 0", "every: should be greater than or equal to 1, not 0"),
+        ("every: 1.5", "every: should be an integer, not 1.5"),
+        ("resume: true", "resume: should be a string, not true"),
+        ("resume: ''", "resume: string should have at least 1 character, not ''"),
+        ("save_steps: 5", "save_steps: unknown key; did you mean checkpoint.every?"),
+        ("resume_from_checkpoint: x", "resume_from_checkpoint: unknown key; did you mean checkpoint.resume?"),
+    ],
+)
+def test_when_checkpoints_are_made_and_gone_on_from(tmp_path: Path, given: str, problem: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "model: {path: m}\ntask: {kind: causal, text: text}\ndata: {train: d.jsonl}\n"
+        f"checkpoint:\n  keep: 2\n  {given}\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, [])
+    assert str(caught.value) == f"{path}:6 checkpoint.{problem}"
