@@ -55,7 +55,7 @@ def main() -> None:
             for _ in range(boundaries):
                 ours.agreed([0.0, 0.0, 0.0])
             time.sleep(WARMING_SECONDS if boundaries else 0.0)
-            first_stop[name] = in_background(ours, world)["stop"]
+            first_stop[name] = round(in_background(ours, world)["stop"], 3)
         clear(folder, world)
 
     with saver(tensors, folder, world) as ours:
