@@ -215,6 +215,8 @@ def test_ranks_have_equal_shares(done: Done) -> None:
     for run in RESUMED:
         sizes = done.pieces(run.name).bytes
         assert len(sizes) == run.ranks
+        if run.kind == "fsdp2" and run.options.get("optimizer") in WHOLE:
+            continue  # ranks own the states of whole parameters: of a model so small not of equally many bytes
         assert max(sizes) <= 1.1 * min(sizes), f"{run.name}: {sizes}; seed {done.seed}"
 
 

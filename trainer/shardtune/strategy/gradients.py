@@ -59,7 +59,7 @@ def set_learning_rate(optimizer: Any, lr: float) -> None:
 def averaged(optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
     """The optimizer's parameters hold the values to evaluate and keep: schedule-free ones train at another point.
 
-    Afterwards they are as before, bit for bit: back from the average the optimizer itself would come only nearly.
+    Afterwards they are as before, bit for bit, from a copy: the optimizer itself comes back only nearly.
     """
     if optimizer is None or not hasattr(optimizer, "eval"):
         yield
