@@ -55,6 +55,11 @@ class Run(NamedTuple):
         """Steps."""
         return 1 if self.task == "classification" else EPOCH
 
+    @property
+    def lr(self) -> float:
+        """Lower for a classifier: two classes can be near the least loss from the start, and large steps go past it."""
+        return 3e-3 if self.task == "classification" else LR
+
 
 class Runs:
     """Folders of runs, all from the same models and examples."""
@@ -101,7 +106,7 @@ class Runs:
             "data__validation": str(self.judged),
             "data__shuffle": False,
             "batch": {"examples": ROWS // run.epoch, "micro_examples": 5},
-            "optimizer": {"lr": LR, "eps": 1e-4, "schedule": "constant", "warmup": 0},
+            "optimizer": {"lr": run.lr, "eps": 1e-4, "schedule": "constant", "warmup": 0},
             "duration__steps": STEPS,
             "strategy__kind": run.strategy,
             "tuning": {"method": run.method},
