@@ -21,7 +21,7 @@ PEERS = ("dcp_sync", "dcp_async", "torch_save")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gib", type=float, default=4, help="over all ranks")
-    parser.add_argument("--rounds", type=int, default=3, help="how often each side runs, in turn")
+    parser.add_argument("--rounds", type=int, default=4, help="how often each side runs, in turn")
     given = parser.parse_args()
     with workplace() as folder:
         out = folder / "found.json"

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from shardtune.errors import CheckpointError
 from shardtune.tensor_files import NotWhole, is_count, parse_object
 
 FORMAT = 1
+READ_AT_ONCE = 16 << 20
+"""Bytes of a file that is hashed."""
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -51,9 +54,24 @@ def kept_of(path: Path) -> Kept:
     """Size and SHA-256 of a plain file, read once from end to end. Raises NotWhole."""
     with open_plain(path) as file:
         try:
-            return Kept(os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
+            return Kept(os.fstat(file.fileno()).st_size, _digest(file.fileno()))
         except OSError as error:
             raise unreadable(error) from None
+
+
+def _digest(descriptor: int) -> str:
+    """SHA-256 of an open file; the next bytes are read while the ones before are hashed."""
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)  # or reading takes longer than hashing
+    digest, buffers = hashlib.sha256(), [memoryview(bytearray(READ_AT_ONCE)) for _ in range(2)]
+    with ThreadPoolExecutor(1) as reader:
+        at, count = 0, os.preadv(descriptor, [buffers[0]], 0)
+        while count:
+            at += count
+            coming = reader.submit(os.preadv, descriptor, [buffers[1]], at)
+            digest.update(buffers[0][:count])
+            count = coming.result()
+            buffers.reverse()
+    return digest.hexdigest()
 
 
 def read_manifest(folder: Path) -> Manifest:
