@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from shardtune.errors import DataError, FailedElsewhere, Stopped
+from shardtune.errors import DataError, FailedElsewhere, Stopped, StorageError
 from shardtune.state import TrainingState
 from shardtune.world import World
 
 
 class Saves(Protocol):
     """How a run saves what it is at; `shardtune.checkpoint.saver` has the one that writes."""
+
+    @property
+    def newest(self) -> int | None:
+        """The step of the newest checkpoint that it has made whole."""
+        ...
 
     def asks(self) -> list[float]:
         """How this rank's writing goes, to be summed over the ranks."""
@@ -56,6 +61,7 @@ class Boundaries:
         self._told_to_stop = told_to_stop
         self._kept = kept
         self._failure: DataError | None = None
+        self._began_at = state.step
         self._saved_step, self._saved_at = state.step, state.seconds
 
     def asks(self, failure: DataError | None) -> list[float]:
@@ -96,11 +102,18 @@ class Boundaries:
         self._saves.save()
 
     def _save_now(self) -> None:
-        if self._state.step > self._saved_step:
-            self._saved_step = self._state.step
-            self._saves.save(hurried=True)
-        else:
-            self._saves.finish()
+        """Whatever becomes of the processes that write: once more, then it is an error."""
+        self._saves.finish()
+        for _ in range(2):
+            if not self._is_saved():
+                self._saves.save(hurried=True)
+        if not self._is_saved() and not self._world.is_first:
+            raise FailedElsewhere(StorageError.exit_code)
+        if not self._is_saved():
+            raise StorageError(f"step {self._state.step} could not be saved, as the processes that write end too soon")
+
+    def _is_saved(self) -> bool:
+        return self._state.step in (self._began_at, self._saves.newest)
 
     def _fail(self) -> None:
         """Every rank has read the data, each perhaps from a file of its own; one of them says what is wrong."""

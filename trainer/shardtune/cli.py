@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import shardtune
+from shardtune import checkpoint_commands, commands
+from shardtune.commands import config_of
 from shardtune.errors import ConfigError
 from shardtune.exit_codes import guarded, leave
 
 if TYPE_CHECKING:
     from shardtune.config import Config
     from shardtune.stopping import Stopping
-
-STRATEGIES = ("auto", "single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
 
 
 class Parser(argparse.ArgumentParser):
@@ -70,9 +68,9 @@ def _parser() -> Parser:
         description="Fine-tune encoder-decoders, decoders and encoders from one config file, on one device or many.",
     )
     parser.add_argument("--version", action="version", version=f"shardtune {shardtune.__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
+    choices = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
 
-    train = commands.add_parser("train", help="train from a config file; spawns the ranks itself")
+    train = choices.add_parser("train", help="train from a config file; spawns the ranks itself")
     _add_config(train)
     train.add_argument("--ranks", type=int, metavar="N", help="ranks on this machine (default: its GPUs, or 1)")
     train.add_argument("--nodes", type=int, default=1, metavar="N", help="machines that run this same command")
@@ -80,28 +78,28 @@ def _parser() -> Parser:
     train.add_argument("--rendezvous", metavar="HOST:PORT", help="where node 0 is reached, with several nodes")
     train.set_defaults(run=_train, command=train)
 
-    resume = commands.add_parser("resume", help="go on from the newest good checkpoint of a run")
+    resume = choices.add_parser("resume", help="go on from the newest good checkpoint of a run")
     resume.add_argument("--run", type=Path, required=True, metavar="DIR", dest="folder", help="the run's folder")
     resume.add_argument("--ranks", type=int, metavar="N", help="ranks on this machine (default: as many as it had)")
     resume.add_argument("overrides", nargs="*", metavar="key.path=value", help="in place of what its config says")
     resume.set_defaults(run=_resume, command=resume, nodes=1, node_rank=0, rendezvous=None)
 
-    evaluate = commands.add_parser("evaluate", help="judge a tuned model on a split")
+    evaluate = choices.add_parser("evaluate", help="judge a tuned model on a split")
     _add_config(evaluate)
     evaluate.add_argument(
         "--checkpoint", type=Path, metavar="PATH", help="a result's folder, or a checkpoint (default: the run's final)"
     )
     evaluate.add_argument("--split", choices=["validation", "test"], default="test", help="default: test")
-    evaluate.set_defaults(run=_evaluate, command=evaluate)
+    evaluate.set_defaults(run=commands.evaluate, command=evaluate)
 
-    generate = commands.add_parser("generate", help="try the tuned model")
+    generate = choices.add_parser("generate", help="try the tuned model")
     generate.add_argument("--run", type=Path, required=True, metavar="DIR", dest="folder", help="the run's folder")
     _add_step(generate)
     generate.add_argument("--input", type=Path, metavar="FILE.jsonl", help="rows with the fields of the training data")
     generate.add_argument("text", nargs="?", metavar="TEXT", help="one source text, or a user's turn")
-    generate.set_defaults(run=_generate, command=generate)
+    generate.set_defaults(run=commands.generate, command=generate)
 
-    export = commands.add_parser("export", help="write the result as a Hugging Face folder")
+    export = choices.add_parser("export", help="write the result as a Hugging Face folder")
     export.add_argument("--run", type=Path, required=True, metavar="DIR", dest="folder", help="the run's folder")
     _add_step(export)
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that does not exist yet")
@@ -110,17 +108,17 @@ def _parser() -> Parser:
         "--base", choices=["original", "dequantized"],
         help="with --merge: into the base's own weights (default), or into what the quantized ones stand for",
     )  # fmt: skip
-    export.set_defaults(run=_export, command=export)
+    export.set_defaults(run=commands.export, command=export)
 
-    whole = commands.add_parser("verify", help="read every byte of a checkpoint: is it whole?")
+    whole = choices.add_parser("verify", help="read every byte of a checkpoint: is it whole?")
     whole.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="RUN/checkpoints/step-…")
-    whole.set_defaults(run=_verify, command=whole)
+    whole.set_defaults(run=checkpoint_commands.verify, command=whole)
 
-    kept = commands.add_parser("checkpoints", help="the checkpoints of a run, and which of them are whole")
+    kept = choices.add_parser("checkpoints", help="the checkpoints of a run, and which of them are whole")
     kept.add_argument("--run", type=Path, required=True, metavar="DIR", dest="folder", help="the run's folder")
-    kept.set_defaults(run=_checkpoints, command=kept)
+    kept.set_defaults(run=checkpoint_commands.checkpoints, command=kept)
 
-    verify = commands.add_parser("verify-layout", help="prove that ranks, micro-batches and batching change nothing")
+    verify = choices.add_parser("verify-layout", help="prove that ranks, micro-batches and batching change nothing")
     _add_config(verify)
     verify.add_argument("--ranks", default="1,2", metavar="N,…", help="rank counts (default: 1,2)")
     verify.add_argument("--strategies", metavar="KIND,…", help="of strategy.kind (default: the config's, or auto)")
@@ -132,15 +130,15 @@ def _parser() -> Parser:
     verify.add_argument(
         "--tolerance", type=float, default=1e-5, metavar="X", help="what counts as equal (default: 1e-5)"
     )
-    verify.set_defaults(run=_verify_layout, command=verify)
+    verify.set_defaults(run=commands.verify_layout, command=verify)
 
-    prepare = commands.add_parser("prepare", help="read, check and tokenize the data before a run, and describe it")
+    prepare = choices.add_parser("prepare", help="read, check and tokenize the data before a run, and describe it")
     _add_config(prepare)
     prepare.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks to tell the padding of (default: 1)")
-    prepare.set_defaults(run=_prepare, command=prepare)
+    prepare.set_defaults(run=commands.prepare, command=prepare)
 
-    doctor = commands.add_parser("doctor", help="what this machine can run, and what is missing")
-    doctor.set_defaults(run=_doctor)
+    doctor = choices.add_parser("doctor", help="what this machine can run, and what is missing")
+    doctor.set_defaults(run=commands.doctor)
     return parser
 
 
@@ -153,18 +151,12 @@ def _add_step(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=int, metavar="N", help="of a checkpoint, in place of the result")
 
 
-def _config(options: argparse.Namespace) -> Config:
-    from shardtune.config_file import load_config
-
-    return load_config(options.config, options.overrides)
-
-
 def _train(options: argparse.Namespace) -> int:
     from shardtune.world import launched_ranks
 
     if launched_ranks() is not None:  # started by torchrun: this is a rank already
         return _train_here(options)
-    config = _config(options)
+    config = config_of(options)
     ranks = options.ranks
     if ranks is None:
         ranks = 1 if config.strategy.kind == "single" and options.nodes == 1 else max(1, _visible_gpus())
@@ -211,7 +203,7 @@ def _train_until(options: argparse.Namespace, config: Config | None, stopping: S
     from shardtune.config_file import places
     from shardtune.world import check_launcher, join_world, launched_rank, launched_ranks
 
-    config = config or _config(options)
+    config = config or config_of(options)
     check_launcher()
     ranks, rank = launched_ranks() or 1, launched_rank()
     _check_ranks(config, ranks)
@@ -259,150 +251,6 @@ def _visible_gpus() -> int:
     if chosen is not None:
         return len([device for device in chosen.split(",") if device.strip() not in ("", "-1")])
     return len(list(Path("/dev").glob("nvidia[0-9]*")))
-
-
-def _evaluate(options: argparse.Namespace) -> int:
-    config = _config(options)
-    from shardtune.assemble.data import read_texts
-
-    corpus = read_texts(config)
-    from shardtune.assemble.of_step import as_result
-    from shardtune.assemble.trained import evaluate
-
-    run = Path(config.runs) / config.name
-    with as_result(config, options.checkpoint or run / "final", run / "evaluated") as (folder, label):
-        print(evaluate(config, corpus, folder, options.split, label))
-    return 0
-
-
-def _prepare(options: argparse.Namespace) -> int:
-    config = _config(options)
-    if options.ranks < 1:
-        raise ConfigError(f"command line --ranks: {options.ranks} is not 1 or more")
-    from shardtune.assemble.data import check_model_path, read_texts
-
-    check_model_path(config)
-    corpus = read_texts(config)
-    from shardtune.assemble.prepare import prepare_data
-
-    print(prepare_data(config, corpus, options.ranks))
-    return 0
-
-
-def _generate(options: argparse.Namespace) -> int:
-    if (options.text is None) == (options.input is None):
-        problem = "neither is" if options.text is None else "both are"
-        raise ConfigError(f"command line: give a TEXT or --input FILE.jsonl; {problem} given")
-    config, result = _of_run(options)
-    from shardtune.assemble.data import read_sources, source_of
-
-    sources = [source_of(config, options.text)] if options.text is not None else read_sources(config, options.input)
-    from shardtune.assemble.of_step import as_result
-    from shardtune.assemble.trained import generate
-
-    with as_result(config, result, options.folder / "tried") as (folder, _):
-        for line in generate(config, folder, sources, as_json=options.input is not None):
-            print(line, flush=True)
-    return 0
-
-
-def _export(options: argparse.Namespace) -> int:
-    if options.out.exists():
-        raise ConfigError(f"command line --out: {options.out} is there already; name a new folder")
-    if options.base is not None and not options.merge:
-        raise ConfigError("command line --base: only with --merge")
-    config, result = _of_run(options)
-    from shardtune.assemble.export import export
-    from shardtune.assemble.of_step import as_result
-
-    with as_result(config, result, options.out) as (folder, _):
-        print(export(config, options.folder, folder, options.out, options.merge, options.base or "original"))
-    return 0
-
-
-def _of_run(options: argparse.Namespace) -> tuple[Config, Path]:
-    """The run's config, and where its result is: `final`, or the checkpoint of `--step`."""
-    from shardtune.checkpoint_commands import checkpoint_of
-    from shardtune.config_file import load_config
-
-    folder: Path = options.folder
-    if not (folder / "config.yaml").is_file():
-        raise ConfigError(f"command line --run: {folder} is no run's folder (no config.yaml)")
-    config = load_config(folder / "config.yaml", [])
-    if options.step is not None:
-        return config, checkpoint_of(folder, options.step)
-    if not (folder / "final").is_dir():
-        raise ConfigError(
-            f"command line --run: {folder} has no final/; the run has not come to its end. --step N takes one of its "
-            "checkpoints"
-        )
-    return config, folder / "final"
-
-
-def _verify(options: argparse.Namespace) -> int:
-    from shardtune.checkpoint_commands import verify
-
-    return verify(options)
-
-
-def _checkpoints(options: argparse.Namespace) -> int:
-    from shardtune.checkpoint_commands import checkpoints
-
-    return checkpoints(options)
-
-
-def _verify_layout(options: argparse.Namespace) -> int:
-    from shardtune.assemble.data import check_model_path, read_texts
-    from shardtune.assemble.layouts import layouts, verify
-
-    config = _config(options)
-    check_model_path(config)
-    read_texts(config)  # what is wrong is said once, before any process starts
-    can_pack = config.task.kind != "classification" and config.model.attention not in ("eager", "flex_attention")
-    fitting = ["padded", "grouped", *(["packed"] if can_pack else [])]
-    chosen = layouts(
-        [_number("--ranks", word) for word in options.ranks.split(",")],
-        _among("--strategies", options.strategies, [config.strategy.kind], STRATEGIES),
-        _among("--batchings", options.batchings, fitting, ["padded", "grouped", "packed"]),
-        [None if word == "each" else _number("--micro-batches", word) for word in options.micro_batches.split(",")],
-    )
-    if not chosen:
-        raise ConfigError("command line: strategy single works on one rank only, so no layout is left")
-    if len(chosen) == 1:
-        raise ConfigError("command line: a single layout has nothing to be compared with; give more of them")
-    with tempfile.TemporaryDirectory(prefix="shardtune-layouts-") as folder:
-        print(
-            verify(
-                config,
-                chosen,
-                _number("--steps", options.steps),
-                options.tolerance,
-                Path(folder),
-                functools.partial(print, flush=True),
-            )
-        )
-    return 0
-
-
-def _number(option: str, word: str) -> int:
-    if not (word.isascii() and word.isdigit() and int(word) > 0):
-        raise ConfigError(f"command line {option}: {word!r} is not a whole number from 1 on")
-    return int(word)
-
-
-def _among(option: str, given: str | None, default: list[str], allowed: Sequence[str]) -> list[str]:
-    names = given.split(",") if given else default
-    for name in names:
-        if name not in allowed:
-            raise ConfigError(f"command line {option}: {name!r} is not one of {', '.join(allowed)}")
-    return names
-
-
-def _doctor(options: argparse.Namespace) -> int:
-    from shardtune.doctor import examine
-
-    print(examine())
-    return 0
 
 
 if __name__ == "__main__":

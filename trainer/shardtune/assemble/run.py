@@ -65,7 +65,7 @@ def train_run(
     """
     folder, saved = Path(config.runs) / config.name, beginning.saved
     check_device(config, world)
-    config = take_over(config)
+    config = take_over(config, saved.state["config"]["tuning"] if saved is not None else None)
     prepared = prepare(config, world, corpus)
     identity = identify(config, prepared, world)
     changes = beginning.check(config, identity, world)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from shardtune.assemble.resumable import is_longer
+from shardtune.assemble.resumable import UNSAID, is_longer
 from shardtune.checkpoint.names import DAMAGED, FOLDER, MANIFEST, step_of
 from shardtune.config import Config
 from shardtune.config_file import flat, load_config
@@ -35,7 +35,7 @@ def finished(config: Config) -> list[str] | None:
             return None
         lines.append("  it cannot go on for longer: it has no checkpoints any more")
     old, new = flat(then), flat(config)
-    changed = [key for key in {**old, **new} if old.get(key) != new.get(key) and key != "checkpoint.resume"]
+    changed = [key for key in {**old, **new} if old.get(key) != new.get(key) and key not in UNSAID]
     lines += [f"  it was trained with {key}: {old.get(key)}, not {new.get(key)}" for key in changed]
     return [*lines, "Give checkpoint.resume=never to set it aside and start anew, or another name."]
 

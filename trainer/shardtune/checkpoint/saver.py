@@ -87,6 +87,8 @@ class Saver:
         self._writer: Writer | None = None
         self._save: _Save | None = None
         self._boundaries = 0
+        self.newest: int | None = None
+        """The step of the newest checkpoint that this saver has made whole."""
         if world.is_first:
             with suppress(CheckpointError):  # the first save says what is wrong
                 clear_partial(folder)
@@ -205,7 +207,7 @@ class Saver:
             )  # fmt: skip
 
     def _committed(self, save: _Save) -> None:
-        self._save = None
+        self._save, self.newest = None, save.step
         if self._world.is_first:
             self._say(
                 f"checkpoint {self._folder / folder_name(save.step)}: {save.size:,} bytes, "
