@@ -91,6 +91,7 @@ class Chaos:
     """Everything that is done to runs, in a folder of its own."""
 
     def __init__(self, folder: Path, seed: int, warm: Warm) -> None:
+        self.seed = seed
         self.rng = random.Random(seed)
         self.folder = folder
         self._warm = warm
@@ -138,8 +139,8 @@ class Chaos:
 
     # ------------------------------------------------------------------------------------------------ R1, R2
 
-    def kills(self, count: int, kill: Callable[[Case, Ranks, Path], bool]) -> Outcome:
-        """Runs that are killed by `kill` up to three times each, then left alone; one that ends before is not counted.
+    def kills(self, count: int, kill: Callable[[Case, Ranks, Path], bool], in_a_run: int = 3) -> Outcome:
+        """Runs that are killed by `kill` up to so many times each, then left alone; what ends before is not counted.
 
         A kill is good if the run comes to its end by itself after it, with the losses, weights, optimizer and examples
         of the one that nothing happened to.
@@ -152,7 +153,7 @@ class Chaos:
             whole, name = self.whole(case), self.new_name(f"kill-{case}")
             run = self.folder / "runs" / name
             killed = 0
-            while killed < min(3, count - outcome.done):
+            while killed < min(in_a_run, count - outcome.done):
                 ranks = self.start(case, name)
                 hit = kill(case, ranks, run)
                 codes = ranks.wait()
@@ -225,7 +226,7 @@ class Chaos:
         for number in range(count):
             case = CASES[number % len(CASES)]
             whole = self.whole(case)
-            if number % max(count // 8, 1) == 0:
+            if number % max(count // 4, 1) == 0:
                 name = self.new_name(f"damaged-{case}")
                 run = self.folder / "runs" / name
                 _copy_before_its_end(whole.folder, run)
