@@ -268,6 +268,15 @@ def test_a_run_begins_from_another_ones_checkpoint(tiny: Run, given: str) -> Non
             tiny.begins("name=fork", f"checkpoint.resume={tiny.folder}")
 
 
+def test_another_runs_folder_stays_as_it_is(tiny: Run) -> None:
+    damage(tiny.checkpoints / "step-00000004")
+    begins = tiny.begins("name=fork", f"checkpoint.resume={tiny.folder}")
+    assert begins.saved is not None
+    assert begins.saved.step == 2
+    assert tiny.steps() == ["2", "4"]
+    assert "step-00000004 is damaged, and was left as it is" in "".join(tiny.said)
+
+
 def test_paths_that_are_no_checkpoint_name_the_nearest_one(tiny: Run) -> None:
     right = tiny.checkpoints / "step-00000004"
     for wrong in (tiny.checkpoints / "step-4", Path("step-00000004"), Path("4"), tiny.folder / "step-00000004"):

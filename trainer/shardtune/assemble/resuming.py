@@ -172,7 +172,7 @@ def _whole(path: Path, single: bool, world: World, say: Callable[[str], None]) -
     if single:
         check_whole(path, world)
         return open_checkpoint(path)
-    newest = newest_good(path, world, say)
+    newest = newest_good(path, world, say, own=False)
     if newest is None:
         raise CheckpointError(f"checkpoint.resume {path}: there is no checkpoint any more")
     return open_checkpoint(newest)
