@@ -5,18 +5,22 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from kept import Kept
 from shardtune import run_folder
 from shardtune.assemble.resuming import Beginning, begin_at
 from shardtune.assemble.run_again import finished, to_resume
+from shardtune.assemble.saving import restore
 from shardtune.cli import main, train_as_rank
 from shardtune.config_file import load_config
-from shardtune.errors import CheckpointError, ConfigError
+from shardtune.errors import CheckpointError, ConfigError, StorageError
+from shardtune.evaluation import Evaluator
 from shardtune.tracking import MetricsFile, TensorBoardTracker
 from shardtune.world import World
 from tiny import tiny_config
@@ -159,6 +163,18 @@ def damage(checkpoint: Path) -> None:
     file.write_bytes(data)
 
 
+def test_a_random_stream_that_was_not_saved_follows_from_seed_and_step() -> None:
+    saved: Any = Kept([], step=7)  # as that of a GPU, of a run that was on the CPU
+    saved.ranks = 1
+    strategy: Any = SimpleNamespace(restore=lambda saved: None)
+    drawn = []
+    for before in (1, 2):
+        torch.manual_seed(before)
+        restore(saved, strategy, ALONE, 0)
+        drawn.append(torch.rand(3))
+    assert torch.equal(*drawn)
+
+
 def test_a_finished_run_says_so(tiny: Run, capsys: pytest.CaptureFixture[str]) -> None:
     before = (tiny.folder / "metrics.jsonl").read_bytes()
     for overrides in ([], ["duration.steps=3", "optimizer.lr=1e-4"], [f"checkpoint.resume={tiny.folder}"]):
@@ -236,6 +252,30 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for(tiny: Run, capsys: pytest
     wanted = [(1, ""), (2, ""), (2, "validation"), (3, ""), (4, ""), (4, "validation")]
     assert tiny.lines() == wanted
     assert (tiny.folder / "predictions" / "step-2-validation.jsonl").exists()
+
+
+@pytest.mark.parametrize(("at", "kept"), [(3, ["2"]), (4, ["2", "4"])])
+@pytest.mark.parametrize("error", [StorageError("it is full"), RuntimeError("out of memory")])
+def test_an_error_loses_no_checkpoint(
+    tiny: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], at: int, kept: list[str],
+    error: Exception,
+) -> None:  # fmt: skip
+    def run(evaluator: Any, step: int, *others: Any) -> Any:
+        assert step == at
+        raise error
+
+    monkeypatch.setattr(Evaluator, "run", run)
+    shutil.rmtree(tiny.folder)
+    command = ["evaluation.baseline=false", f"evaluation.every={at}"]
+    if isinstance(error, StorageError):
+        assert tiny.goes_on(*command) == 7
+        newest = tiny.checkpoints / f"step-0000000{kept[-1]}"
+        assert f"it is full\n{newest} is kept\nMake room" in capsys.readouterr().err
+    else:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            tiny.goes_on(*command)
+        dist.destroy_process_group()
+    assert tiny.steps() == kept
 
 
 @pytest.mark.parametrize("given", ["step", "checkpoints", "run"])
