@@ -1,5 +1,6 @@
 """What a run that goes on does with the files of its folder, and where `checkpoint.resume` lets it begin."""
 
+import errno
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from kept import Kept
-from shardtune import run_folder
+from shardtune import result, run_folder
 from shardtune.assemble.resuming import Beginning, begin_at
 from shardtune.assemble.run_again import finished, to_resume
 from shardtune.assemble.saving import restore
@@ -276,6 +277,30 @@ def test_an_error_loses_no_checkpoint(
             tiny.goes_on(*command)
         dist.destroy_process_group()
     assert tiny.steps() == kept
+
+
+def test_a_full_disk_at_either_end(
+    tiny: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(tiny.folder / "final")
+    kept = tiny.folder / "tokenizer" / "tokenizer.json"
+    kept.unlink()
+    kept.symlink_to("/dev/full")
+    assert tiny.goes_on() == 7
+    assert f"{kept.parent}: cannot be written: No space left on device" in capsys.readouterr().err
+    kept.unlink()
+
+    def full(tokenizer: Any, folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(result, "save_tokenizer", full)
+        assert tiny.goes_on() == 7
+    said = capsys.readouterr().err
+    assert "final: the result cannot be written: No space left on device\n" in said
+    assert f"{tiny.checkpoints / 'step-00000004'} is kept\nMake room" in said
+    assert not (tiny.folder / "final.partial").exists()
+    assert tiny.goes_on() == 0
 
 
 @pytest.mark.parametrize("given", ["step", "checkpoints", "run"])

@@ -240,9 +240,7 @@ class Saver:
         if not self._world.is_first:
             raise FailedElsewhere(StorageError.exit_code)
         causes = [f"rank {rank}: {cause}" if len(told) > 1 else cause for rank, cause in enumerate(told) if cause]
-        raise StorageError(
-            f"step {step} could not be saved\n{chr(10).join(causes)}\n{self.kept()}\n{MAKE_ROOM}"
-        )
+        raise StorageError(f"step {step} could not be saved\n{chr(10).join(causes)}\n{self.kept()}\n{MAKE_ROOM}")
 
     def kept(self) -> str:
         """The newest checkpoint, for messages."""
