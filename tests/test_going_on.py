@@ -20,6 +20,7 @@ from shardtune.assemble.run_again import finished, to_resume
 from shardtune.assemble.saving import restore
 from shardtune.cli import main, train_as_rank
 from shardtune.config_file import load_config
+from shardtune.data.steps import Step, Steps
 from shardtune.errors import CheckpointError, ConfigError, StorageError
 from shardtune.evaluation import Evaluator
 from shardtune.tracking import MetricsFile, TensorBoardTracker
@@ -203,6 +204,19 @@ def test_a_finished_run_goes_on_for_longer(tiny: Run, capsys: pytest.CaptureFixt
     described = run_folder.read_environment(tiny.folder)
     assert [part["steps"] for part in described["earlier"]] == [[0, 4]]
     assert load_config(tiny.folder / "config.yaml", []).optimizer.lr == 5e-4
+
+
+def test_no_step_is_prepared_after_the_last(tiny: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared: list[int] = []
+    at = Steps.at
+
+    def counted(steps: Steps, epoch: int, cursor: int) -> Step:
+        prepared.append(cursor)
+        return at(steps, epoch, cursor)
+
+    monkeypatch.setattr(Steps, "at", counted)
+    assert tiny.goes_on("duration.steps=6", "data.prefetch=4") == 0
+    assert len(prepared) == 2
 
 
 def test_what_does_not_fit_is_refused_and_nothing_is_moved(tiny: Run, capsys: pytest.CaptureFixture[str]) -> None:
