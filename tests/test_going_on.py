@@ -1,22 +1,27 @@
 """What a run that goes on does with the files of its folder, and where `checkpoint.resume` lets it begin."""
 
+import errno
 import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from shardtune import run_folder
+from kept import Kept
+from shardtune import result, run_folder
 from shardtune.assemble.resuming import Beginning, begin_at
 from shardtune.assemble.run_again import finished, to_resume
+from shardtune.assemble.saving import restore
 from shardtune.cli import main, train_as_rank
 from shardtune.config_file import load_config
-from shardtune.errors import CheckpointError, ConfigError
+from shardtune.errors import CheckpointError, ConfigError, StorageError
+from shardtune.evaluation import Evaluator
 from shardtune.tracking import MetricsFile, TensorBoardTracker
 from shardtune.world import World
 from tiny import tiny_config
@@ -159,6 +164,18 @@ def damage(checkpoint: Path) -> None:
     file.write_bytes(data)
 
 
+def test_a_random_stream_that_was_not_saved_follows_from_seed_and_step() -> None:
+    saved: Any = Kept([], step=7)  # as that of a GPU, of a run that was on the CPU
+    saved.ranks = 1
+    strategy: Any = SimpleNamespace(restore=lambda saved: None)
+    drawn = []
+    for before in (1, 2):
+        torch.manual_seed(before)
+        restore(saved, strategy, ALONE, 0)
+        drawn.append(torch.rand(3))
+    assert torch.equal(*drawn)
+
+
 def test_a_finished_run_says_so(tiny: Run, capsys: pytest.CaptureFixture[str]) -> None:
     before = (tiny.folder / "metrics.jsonl").read_bytes()
     for overrides in ([], ["duration.steps=3", "optimizer.lr=1e-4"], [f"checkpoint.resume={tiny.folder}"]):
@@ -219,6 +236,7 @@ def test_a_run_goes_back_to_an_earlier_step(tiny: Run, capsys: pytest.CaptureFix
     assert tiny.goes_on(*command) == 0, "a requeued job does not roll back what it has done"
     assert "this run is finished" in capsys.readouterr().out
     shutil.rmtree(tiny.folder / "final")
+    shutil.rmtree(tiny.checkpoints / "step-00000002")  # as a run that keeps three does sooner or later
     begins = tiny.begins(*command)
     assert begins.saved is not None
     assert begins.saved.step == 5
@@ -235,6 +253,54 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for(tiny: Run, capsys: pytest
     wanted = [(1, ""), (2, ""), (2, "validation"), (3, ""), (4, ""), (4, "validation")]
     assert tiny.lines() == wanted
     assert (tiny.folder / "predictions" / "step-2-validation.jsonl").exists()
+
+
+@pytest.mark.parametrize(("at", "kept"), [(3, ["2"]), (4, ["2", "4"])])
+@pytest.mark.parametrize("error", [StorageError("it is full"), RuntimeError("out of memory")])
+def test_an_error_loses_no_checkpoint(
+    tiny: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], at: int, kept: list[str],
+    error: Exception,
+) -> None:  # fmt: skip
+    def run(evaluator: Any, step: int, *others: Any) -> Any:
+        assert step == at
+        raise error
+
+    monkeypatch.setattr(Evaluator, "run", run)
+    shutil.rmtree(tiny.folder)
+    command = ["evaluation.baseline=false", f"evaluation.every={at}"]
+    if isinstance(error, StorageError):
+        assert tiny.goes_on(*command) == 7
+        newest = tiny.checkpoints / f"step-0000000{kept[-1]}"
+        assert f"it is full\n{newest} is kept\nMake room" in capsys.readouterr().err
+    else:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            tiny.goes_on(*command)
+        dist.destroy_process_group()
+    assert tiny.steps() == kept
+
+
+def test_a_full_disk_at_either_end(
+    tiny: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(tiny.folder / "final")
+    kept = tiny.folder / "tokenizer" / "tokenizer.json"
+    kept.unlink()
+    kept.symlink_to("/dev/full")
+    assert tiny.goes_on() == 7
+    assert f"{kept.parent}: cannot be written: No space left on device" in capsys.readouterr().err
+    kept.unlink()
+
+    def full(tokenizer: Any, folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(result, "save_tokenizer", full)
+        assert tiny.goes_on() == 7
+    said = capsys.readouterr().err
+    assert "final: the result cannot be written: No space left on device\n" in said
+    assert f"{tiny.checkpoints / 'step-00000004'} is kept\nMake room" in said
+    assert not (tiny.folder / "final.partial").exists()
+    assert tiny.goes_on() == 0
 
 
 @pytest.mark.parametrize("given", ["step", "checkpoints", "run"])
@@ -265,6 +331,15 @@ def test_a_run_begins_from_another_ones_checkpoint(tiny: Run, given: str) -> Non
         again.release()
         with pytest.raises(ConfigError, match=r"fork has checkpoints of its own, the newest step-00000006"):
             tiny.begins("name=fork", f"checkpoint.resume={tiny.folder}")
+
+
+def test_another_runs_folder_stays_as_it_is(tiny: Run) -> None:
+    damage(tiny.checkpoints / "step-00000004")
+    begins = tiny.begins("name=fork", f"checkpoint.resume={tiny.folder}")
+    assert begins.saved is not None
+    assert begins.saved.step == 2
+    assert tiny.steps() == ["2", "4"]
+    assert "step-00000004 is damaged, and was left as it is" in "".join(tiny.said)
 
 
 def test_paths_that_are_no_checkpoint_name_the_nearest_one(tiny: Run) -> None:

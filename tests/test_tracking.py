@@ -258,6 +258,35 @@ def test_the_last_step_is_logged_and_judged_once_where_it_was_not_known(tmp_path
     assert judged == [(0, "validation"), (0, "test"), (3, "validation"), (6, "validation"), (6, "test")]
 
 
+def test_what_ends_a_run_is_said_not_what_closing_says_then(tmp_path: Path) -> None:
+    nothing: Any = None
+
+    def end_with(error: Exception | None) -> None:
+        alone = World(0, 1, 0, torch.device("cpu"))
+        with Reporter(tmp_path, alone, TrainingState(), 4, lambda epoch: 100, 4, 3, False, nothing, [], {}) as reporter:
+            reporter._trackers.append(Full())
+            if error is not None:
+                raise error
+
+    with pytest.raises(ValueError, match="the cause"):
+        end_with(ValueError("the cause"))
+    with pytest.raises(StorageError, match="full"):
+        end_with(None)
+
+
+class Full:
+    """A tracker whose disk is full when it is closed."""
+
+    def start(self, config: dict[str, Any]) -> None: ...
+
+    def scalars(self, step: int, values: Any) -> None: ...
+
+    def texts(self, step: int, name: str, texts: Any) -> None: ...
+
+    def close(self) -> None:
+        raise StorageError("full")
+
+
 def test_durations() -> None:
     assert [duration(s) for s in (0, 9.6, 151, 3599.6, 3751, 90061)] == [
         "0:00", "0:10", "2:31", "1:00:00", "1:02:31", "25:01:01",

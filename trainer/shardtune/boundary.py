@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from shardtune.errors import DataError, FailedElsewhere, Stopped, StorageError
 from shardtune.state import TrainingState
@@ -49,9 +49,11 @@ class Boundaries:
         seconds: float | None,
         told_to_stop: Callable[[], str | None],
         kept: Callable[[], str],
+        begins_at: int,
     ) -> None:
         """Saves every so many steps or seconds; no step begins after `seconds` of training. `told_to_stop`: the signal
-        that this process has had; `kept`: what to say of how to go on."""
+        that this process has had; `kept`: what to say of how to go on; `begins_at`: the step of the run's own
+        checkpoint that it goes on from, 0 without one."""
         self._state = state
         self._world = world
         self._saves = saves
@@ -61,8 +63,8 @@ class Boundaries:
         self._told_to_stop = told_to_stop
         self._kept = kept
         self._failure: DataError | None = None
-        self._began_at = state.step
-        self._saved_step, self._saved_at = state.step, state.seconds
+        self._began_at = self._saved_step = begins_at
+        self._saved_at = state.seconds
 
     def asks(self, failure: DataError | None) -> list[float]:
         """Stopping, a lack of data, and what saving asks for."""
@@ -77,18 +79,23 @@ class Boundaries:
             self._save_now()
             self._fail()
         if stopping:
-            self._save_now()
-            raise Stopped(self._kept())
+            self.stop()
         if self._seconds is not None and self._state.seconds >= self._seconds:
             return False
         if self._due():
             self._begin_save()
         return True
 
+    def stop(self) -> NoReturn:
+        """Saves, unless that was done, and ends the run. Raises Stopped, or StorageError."""
+        self._save_now()
+        raise Stopped(self._kept())
+
     def end(self) -> None:
-        """After the last step: begins to save, unless that was done."""
+        """After the last step: saves, unless that was done. The evaluation that follows may end in any way."""
         if self._state.step > self._saved_step:
             self._begin_save()
+        self._saves.finish()
 
     def _due(self) -> bool:
         if self._state.step == self._saved_step:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from shardtune.errors import StorageError
 from shardtune.evaluation import Evaluator, Prediction, Split
 from shardtune.loop import StepReport
 from shardtune.progress import Progress
@@ -180,13 +182,23 @@ class Reporter:
                 rows.append([name, key, f"{before[key]:.4f}" if key in before else "-", f"{value:.4f}"])
         return table(rows, ["split", "metric", "before", "after"]) if rows else ""
 
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Closes; after an error, it is that one which is to be said, not one that comes of it."""
+        with suppress(StorageError) if error is not None else nullcontext():
+            self.close()
+
     def close(self) -> None:
         """Ends the bar and writes out what trackers hold."""
         self.progress.close()
-        for tracker in self._trackers:
-            tracker.close()
-        if self._metrics_file is not None:
-            self._metrics_file.close()
+        try:
+            for tracker in self._trackers:
+                tracker.close()
+        finally:
+            if self._metrics_file is not None:
+                self._metrics_file.close()
 
 
 def _as_text(prediction: Prediction) -> str:

@@ -68,6 +68,7 @@ def write_result(
             (partial / "labels.json").write_text(json.dumps(labels, ensure_ascii=False), encoding="utf-8")
         partial.rename(folder)
     except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)  # so that a full disk has room again
         reason = getattr(error, "strerror", None) or error
         raise StorageError(f"{folder}: the result cannot be written: {reason}") from error
     except NumbersError:

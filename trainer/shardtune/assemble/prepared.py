@@ -20,7 +20,7 @@ from shardtune.config import Config
 from shardtune.conversations import contents
 from shardtune.data.corpus import Corpus
 from shardtune.data.tables import TokenTable, cache_folder, fingerprint, open_table, write_table
-from shardtune.errors import DataError
+from shardtune.errors import DataError, StorageError
 from shardtune.evaluation import Split
 from shardtune.model.skeleton import load_architecture, set_dropout
 from shardtune.model.tokenizer import fit_config, identity, load_tokenizer, save_tokenizer, train_tokenizer
@@ -89,10 +89,16 @@ def prepare(config: Config, world: World, corpus: Corpus | None, result: Path | 
 
 
 def keep_tokenizer(prepared: Prepared, folder: Path) -> None:
-    """Writes the tokenizer and the labels, so that the result of any step can be told without the data."""
-    save_tokenizer(prepared.tokenizer, folder)
-    if prepared.labels:
-        (folder / "labels.json").write_text(json.dumps(prepared.labels, ensure_ascii=False), encoding="utf-8")
+    """Writes the tokenizer and the labels, so that the result of any step can be told without the data.
+
+    Raises StorageError.
+    """
+    try:
+        save_tokenizer(prepared.tokenizer, folder)
+        if prepared.labels:
+            (folder / "labels.json").write_text(json.dumps(prepared.labels, ensure_ascii=False), encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be written: {error.strerror or error}") from error
 
 
 def name_labels(architecture: PreTrainedConfig, labels: Sequence[str]) -> None:

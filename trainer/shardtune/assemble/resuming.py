@@ -109,7 +109,6 @@ def _go_on(
         saved = open_checkpoint(newest)
         keep = functools.partial(_keep_result, folder, saved.step, say)
         return Beginning(saved, saved.state.get("began_from"), claim, place, rename=keep)
-    wanted, inside = world.first_does("path", lambda: _located(given, folder))
     start = identity_of_start(given)
     newest = newest_good(folder / FOLDER, world, say)
     saved = open_checkpoint(newest) if newest is not None else None
@@ -118,12 +117,14 @@ def _go_on(
             say(f"{folder} has begun from {given} before; it goes on from its own newest checkpoint, {saved.folder}")
         keep = functools.partial(_keep_result, folder, saved.step, say)
         return Beginning(saved, start, claim, place, rename=keep)
+    # Not before: where the run has begun may be removed by now, by the run itself even.
+    wanted, single, inside = world.first_does("path", lambda: _located(given, folder))
     if inside:
-        target = _whole(Path(wanted), world, say)
+        target = _whole(Path(wanted), single, world, say)
         return Beginning(target, start, claim, place, rename=functools.partial(_go_back, folder, target.step, say))
     if saved is not None:
         world.first_does("own", functools.partial(_fail, folder, saved, given, place))
-    target = _whole(Path(wanted), world, say)
+    target = _whole(Path(wanted), single, world, say)
     return Beginning(target, start, None, place, own=False, rename=functools.partial(_move, folder, say))
 
 
@@ -135,9 +136,10 @@ def _fail(folder: Path, saved: Checkpoint, given: str, place: Callable[[str], st
     )
 
 
-def _located(given: str, folder: Path) -> tuple[str, bool]:
+def _located(given: str, folder: Path) -> tuple[str, bool, bool]:
+    """The path, whether it is one checkpoint, and whether that is the run's own; as one rank sees them."""
     path, inside = locate(given, folder)
-    return str(path), inside
+    return str(path), is_single(path), inside
 
 
 def _anew(folder: Path, world: World, say: Callable[[str], None]) -> Beginning:
@@ -162,16 +164,18 @@ def _go_back(folder: Path, step: int, say: Callable[[str], None]) -> None:
     set_aside_newer(folder / FOLDER, step, say)
 
 
-def _whole(path: Path, world: World, say: Callable[[str], None]) -> Checkpoint:
-    """The checkpoint that `path` is, or the newest good one in it. Raises CheckpointError where it is damaged."""
-    if not is_single(path):
-        newest = newest_good(path, world, say)
-        if newest is None:
-            raise CheckpointError(f"checkpoint.resume {path}: there is no checkpoint any more")
-        return open_checkpoint(newest)
+def _whole(path: Path, single: bool, world: World, say: Callable[[str], None]) -> Checkpoint:
+    """The checkpoint that `path` is, if it is a `single` one, or the newest good one in it.
 
-    check_whole(path, world)
-    return open_checkpoint(path)
+    Raises CheckpointError where it is damaged.
+    """
+    if single:
+        check_whole(path, world)
+        return open_checkpoint(path)
+    newest = newest_good(path, world, say, own=False)
+    if newest is None:
+        raise CheckpointError(f"checkpoint.resume {path}: there is no checkpoint any more")
+    return open_checkpoint(newest)
 
 
 def _release(claim: int | None) -> None:

@@ -7,8 +7,10 @@ import functools
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,12 +36,12 @@ from shardtune.assemble.words import counted, device_name, facts, last_words
 from shardtune.boundary import Boundaries
 from shardtune.checkpoint.names import FOLDER
 from shardtune.checkpoint.reading import Checkpoint
-from shardtune.checkpoint.saver import Saver
+from shardtune.checkpoint.saver import MAKE_ROOM, Saver
 from shardtune.config import Config
 from shardtune.config_file import dump_config
 from shardtune.data.corpus import Corpus
 from shardtune.data.stream import Stream
-from shardtune.errors import NumbersError, Stopped
+from shardtune.errors import NumbersError, ShardtuneError, StorageError
 from shardtune.evaluation import Evaluator
 from shardtune.loop import train
 from shardtune.optim.schedule import clip_scale, learning_rate, learning_rate_by_time
@@ -84,71 +86,100 @@ def train_run(
         restore(saved, in_loop, world, config.seed)
 
     devices, held = world.gather(device_name(world.device)), world.gather(list(stored(tuned.model)))
-    claim = None
-    if world.is_first:
-        environment = run_folder.environment(list(command_line), kind, devices)
-        environment["stored_bytes"] = [Stored(*rank)._asdict() for rank in held]
-        claim = beginning.claim(folder, dump_config(config), environment)
-        keep_tokenizer(prepared, folder / run_folder.TOKENIZER)
-    evaluator = Evaluator(
-        prepared.task, strategy, world, metric_names(config), config.evaluation.max_new_tokens,
-        config.evaluation.beams, judged_at_once(config.batch), folder / "predictions", stopping.told,
-    )  # fmt: skip
-    reporter = Reporter(
-        folder, world, state, course.total_steps, course.examples_of, config.tracking.every, config.evaluation.every,
-        config.tracking.tensorboard, evaluator, evaluated_splits(prepared, config.evaluation.examples),
-        config.model_dump(mode="json"), config.duration.seconds, beginning.goes_on,
-    )  # fmt: skip
-    reporter.progress.say(said)
-    if saved is not None:
-        origin = f"step {saved.step} of {saved.folder}, saved on {saved.ranks} ranks under {saved.state['strategy']}"
-        reporter.progress.say("\n".join([f"goes on from {origin}", *(f"  {change}" for change in changes)]))
-    if tuned.tuning.quantization is not None:
-        reporter.progress.say(describe_stored([Stored(*rank) for rank in held]))
-    saver = Saver(
-        folder / FOLDER, world, config.checkpoint.keep, config.checkpoint.background,
-        snapshots(config, world, state, in_loop, tuned, kind, identity, course.total_steps, beginning.began_from),
-        reporter.progress.say,
-    )  # fmt: skip
-    boundaries = Boundaries(
-        state, world, saver, config.checkpoint.every_steps, config.checkpoint.every_seconds,
-        config.duration.seconds, stopping.told, lambda: how_to_go_on(folder, state),
-    )  # fmt: skip
-    rate_of = _rate(config, course)
-    begun = time.monotonic()
-    try:
+    environment = run_folder.environment(list(command_line), kind, devices) if world.is_first else {}
+    environment["stored_bytes"] = [Stored(*rank)._asdict() for rank in held]
+    with ExitStack() as ends:
+        ends.enter_context(_taken(folder, config, world, prepared, beginning, environment))
+        evaluator = Evaluator(
+            prepared.task, strategy, world, metric_names(config), config.evaluation.max_new_tokens,
+            config.evaluation.beams, judged_at_once(config.batch), folder / "predictions", stopping.told,
+        )  # fmt: skip
+        reporter = ends.enter_context(Reporter(
+            folder, world, state, course.total_steps, course.examples_of, config.tracking.every,
+            config.evaluation.every, config.tracking.tensorboard, evaluator,
+            evaluated_splits(prepared, config.evaluation.examples), config.model_dump(mode="json"),
+            config.duration.seconds, beginning.goes_on,
+        ))  # fmt: skip
+        reporter.progress.say(said)
+        if saved is not None:
+            origin = (
+                f"step {saved.step} of {saved.folder}, saved on {saved.ranks} ranks under {saved.state['strategy']}"
+            )
+            reporter.progress.say("\n".join([f"goes on from {origin}", *(f"  {change}" for change in changes)]))
+        if tuned.tuning.quantization is not None:
+            reporter.progress.say(describe_stored([Stored(*rank) for rank in held]))
+        saver = Saver(
+            folder / FOLDER, world, config.checkpoint.keep, config.checkpoint.background,
+            snapshots(config, world, state, in_loop, tuned, kind, identity, course.total_steps, beginning.began_from),
+            reporter.progress.say,
+        )  # fmt: skip
+        boundaries = Boundaries(
+            state, world, saver, config.checkpoint.every_steps, config.checkpoint.every_seconds,
+            config.duration.seconds, stopping.told, lambda: how_to_go_on(folder, state),
+            begins_at=state.step if beginning.goes_on else 0,
+        )  # fmt: skip
+        rate_of = _rate(config, course)
+        ends.callback(saver.close)
+        ends.callback(course.steps.close)
+        ends.enter_context(_kept_is_said(saver, world))
+        begun = time.monotonic()
         stopping.training()
         if config.evaluation.baseline and course.total_steps != 0 and saved is None:
             reporter.evaluate()
         reporter.make_up()
         train(
             state, sys.maxsize if course.total_steps is None else course.total_steps, course.steps, task, in_loop,
-            world, rate_of, functools.partial(clip_scale, max_grad_norm=config.optimizer.max_grad_norm), boundaries,
-            reporter.after_step,
+            world, rate_of, functools.partial(clip_scale, max_grad_norm=config.optimizer.max_grad_norm),
+            boundaries, reporter.after_step,
         )  # fmt: skip
         boundaries.end()
         if stream is not None and stream.noted:
             reporter.progress.say(f"in the stream, as far as it was read: {counted(stream.noted)}")
-        went_on = reporter.after_training()
-        saver.finish()
-        if not went_on:
-            raise Stopped(how_to_go_on(folder, state))
+        if not reporter.after_training():
+            boundaries.stop()
         for note in write_result(
             folder / "final", tuned.model, strategy, tuned.weights, prepared.tokenizer, prepared.labels,
             tuned.skeleton.stored_dtype, tuned.tuning, tuned.shapes, _updated(rate_of, state, course), world,
         ):  # fmt: skip
             reporter.progress.say(f"warning: {note}")
-    except NumbersError as error:  # what was saved before is good, and may still be on its way to the disk
-        saver.finish()
-        raise NumbersError(f"{error}\n{saver.kept()}") from error
-    finally:
-        course.steps.close()
-        saver.close()
-        reporter.close()
-        if claim is not None:
-            os.close(claim)
     world.first_does("written", lambda: None)  # nobody leaves before the result is there
     return last_words(folder, config, reporter.before_and_after(), time.monotonic() - begun)
+
+
+@contextmanager
+def _taken(
+    folder: Path, config: Config, world: World, prepared: Prepared, beginning: Beginning, environment: dict[str, Any]
+) -> Iterator[None]:
+    """The run's folder is made or written to, and no other run may write there meanwhile."""
+    claims: list[int] = []
+
+    def take() -> None:
+        claims.append(beginning.claim(folder, dump_config(config), environment))
+        keep_tokenizer(prepared, folder / run_folder.TOKENIZER)
+
+    try:
+        world.first_does("run's folder", take)
+        yield
+    finally:
+        for claim in claims:
+            os.close(claim)
+
+
+@contextmanager
+def _kept_is_said(saver: Saver, world: World) -> Iterator[None]:
+    """What an error leaves: a checkpoint that was on its way to the disk becomes whole, where nobody is missing for
+    that; and where the numbers or the storage went wrong, what is kept is said."""
+    try:
+        yield
+    except Exception as error:
+        if world.size == 1 or isinstance(error, NumbersError):  # which all ranks find
+            with suppress(ShardtuneError):
+                saver.finish()
+        if isinstance(error, StorageError) and saver.kept() not in str(error):
+            raise StorageError(f"{error}\n{saver.kept()}\n{MAKE_ROOM}") from error
+        if isinstance(error, NumbersError):
+            raise NumbersError(f"{error}\n{saver.kept()}") from error
+        raise
 
 
 def _placed(

@@ -120,12 +120,11 @@ def saved_weights(saved: Checkpoint, model: nn.Module, weights: Weights) -> Weig
 
 def restore(saved: Checkpoint, strategy: Strategy, world: World, seed: int) -> None:
     """The optimizer's state and the random streams; on another number of ranks streams begin anew, in a way that
-    follows from the step."""
+    follows from the step, and so does one that was not there, as that of a GPU."""
     strategy.restore(saved)
+    world.seed_everything(seed, saved.step)
     if saved.ranks == world.size:
         restore_random(saved, world.rank, world.device)
-    else:
-        world.seed_everything(seed, saved.step)
 
 
 def how_to_go_on(folder: Path, state: TrainingState) -> str:

@@ -47,13 +47,14 @@ def listing(folder: Path) -> list[Found]:
     return sorted(found, key=lambda entry: (entry.step, entry.path.name))
 
 
-def newest_good(folder: Path, world: World, say: Callable[[str], None]) -> Path | None:
+def newest_good(folder: Path, world: World, say: Callable[[str], None], own: bool = True) -> Path | None:
     """The newest whole checkpoint in `folder`; None only where there has never been one.
 
-    All ranks call it and get the same; they share the reading. What is damaged is said, on the first rank, and set
-    aside: renamed to step-….damaged (-2, …). Raises CheckpointError where only damaged ones are left.
+    All ranks call it and get the same; they share the reading. What is damaged is said, on the first rank, and in the
+    run's `own` folder set aside: renamed to step-….damaged (-2, …). Raises CheckpointError where only damaged ones are
+    left.
     """
-    kept: set[str] = set()  # damaged ones that could not be renamed
+    kept: set[str] = set()  # damaged ones that have their names still
     while True:
         names = world.first_does("checkpoints", lambda: [path.name for path, _ in called(folder, WHOLE)])
         names = [name for name in names if name not in kept]
@@ -63,7 +64,7 @@ def newest_good(folder: Path, world: World, say: Callable[[str], None]) -> Path 
         reasons = _agreed_reasons(path, world)
         if not reasons:
             return path
-        aside = world.first_does("set aside", lambda path=path, reasons=reasons: _set_aside(path, reasons, say))
+        aside = world.first_does("set aside", lambda path=path, reasons=reasons: _set_aside(path, reasons, say, own))
         if not aside:
             kept.add(path.name)
     damaged = world.first_does("damaged", lambda: [path.name for path, _ in called(folder, DAMAGED)]) + sorted(kept)
@@ -170,13 +171,15 @@ def _unfitting(path: Path) -> list[str]:
     return []
 
 
-def _set_aside(path: Path, reasons: list[str], say: Callable[[str], None]) -> bool:
-    """Renames a damaged checkpoint and says so, or why not."""
+def _set_aside(path: Path, reasons: list[str], say: Callable[[str], None], own: bool) -> bool:
+    """Renames a damaged checkpoint and says so, or why not; one that is not the run's `own` stays as it is."""
     aside = _free(path, "damaged")
     lines = "".join(f"\n  {reason}" for reason in reasons)
+    outcome = "was left as it is"
     try:
-        path.rename(aside)
-        outcome = f"was set aside as {aside.name}"
+        if own:
+            path.rename(aside)
+            outcome = f"was set aside as {aside.name}"
     except OSError as error:
         outcome = f"could not be set aside ({error.strerror or error})"
     say(f"warning: {path} is damaged, and {outcome}; an older one is looked for:{lines}")

@@ -26,6 +26,8 @@ from shardtune.world import World
 MARGIN = 1 << 20
 """Bytes that must be free beyond those of the files: for folders, and for what else the run writes."""
 
+MAKE_ROOM = "Make room there and start the same command again: it goes on from the newest good checkpoint"
+
 
 class Snapshot(NamedTuple):
     """What a run is at, between two steps."""
@@ -238,10 +240,7 @@ class Saver:
         if not self._world.is_first:
             raise FailedElsewhere(StorageError.exit_code)
         causes = [f"rank {rank}: {cause}" if len(told) > 1 else cause for rank, cause in enumerate(told) if cause]
-        raise StorageError(
-            f"step {step} could not be saved\n{chr(10).join(causes)}\n{self.kept()}\n"
-            "Make room there and start the same command again: it goes on from the newest good checkpoint"
-        )
+        raise StorageError(f"step {step} could not be saved\n{chr(10).join(causes)}\n{self.kept()}\n{MAKE_ROOM}")
 
     def kept(self) -> str:
         """The newest checkpoint, for messages."""

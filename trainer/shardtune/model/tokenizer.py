@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -73,11 +75,17 @@ def identity(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes it to `folder`, the same whether texts were tokenized before or not: `tokenizer.json` would hold the
-    length limit and the padding of the last call."""
+    length limit and the padding of the last call. Raises OSError."""
     if isinstance(tokenizer, PreTrainedTokenizerFast):
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
-    tokenizer.save_pretrained(str(folder))
+    try:
+        tokenizer.save_pretrained(str(folder))
+    except Exception as error:
+        code = re.search(r"\(os error (\d+)\)", str(error))  # of tokenizers, which has no class of its own for it
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(folder)) from error
 
 
 def fit_config(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, newly_trained: bool) -> None:
