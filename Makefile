@@ -1,4 +1,4 @@
-# make setup | quickstart | test | matrix | grid | methods | lint | schema | bench | bench-gpu | clean
+# make setup | quickstart | test | matrix | grid | methods | chaos | lint | schema | bench | bench-gpu | clean
 #
 # Variables you may set, as in `make quickstart RANKS=1`:
 #   PYTHON           the interpreter that makes .venv          (default: the first Python >= 3.11 found)
@@ -7,6 +7,7 @@
 #   RANKS            ranks of the quickstart                   (default: the number of GPUs, or 2 without one)
 #   PYTEST_ARGS      more arguments for pytest, for instance PYTEST_ARGS='-k config -x'
 #   METHODS_ARGS     of `methods`, for instance METHODS_ARGS='--methods lora,dora --strategies single,fsdp2'
+#   CHAOS_ARGS       of `chaos`, for instance CHAOS_ARGS='--seed 1 --r1 20 --r2 0 --r6 0'
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -37,7 +38,7 @@ TORCH ?= torch==$(TORCH_VERSION)$(if $(filter 0,$(GPUS)),+cpu)
 BENCH_GPU := $(sort $(wildcard tests/bench/gpu_*.py))
 BENCH_CPU := $(sort $(filter-out $(BENCH_GPU) tests/bench/_%.py,$(wildcard tests/bench/*.py)))
 
-.PHONY: help setup quickstart test matrix grid methods lint schema bench bench-gpu clean
+.PHONY: help setup quickstart test matrix grid methods chaos lint schema bench bench-gpu clean
 
 help:
 	@sed -n '1,/^$$/p' Makefile
@@ -89,6 +90,10 @@ grid: setup
 # Every tuning method on a small T5 and a small Llama, alone and under every kind of strategy; `test` runs a sample.
 methods: setup
 	PATH="$(BIN):$$PATH" $(BIN)/python tests/methods.py $(METHODS_ARGS)
+
+# Kills, damages and starves runs, hundreds of times, and compares them with runs that nothing happened to; half an hour.
+chaos: setup
+	PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python tests/chaos.py $(CHAOS_ARGS)
 
 # All of them, even after one has failed.
 SCRIPTS = $(wildcard .ci/run slurm/*.sbatch slurm/*.sh launch/*.sh tests/*.sh)

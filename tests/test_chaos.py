@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
-from chaos import CASES, Chaos, Outcome
+from chaos import CASES, Case, Chaos, Outcome
 from warm import Warm
 
 pytestmark = pytest.mark.timeout(600)
@@ -25,6 +26,15 @@ def chaos(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chaos]:
 def check(chaos: Chaos, outcome: Outcome, count: int) -> None:
     assert outcome.done == count
     assert outcome.good == outcome.done, f"seed {chaos.seed}: {outcome.summary()}"
+
+
+def test_a_lora_checkpoint_holds_only_what_is_trained(chaos: Chaos) -> None:
+    whole = chaos.whole(Case("ddp", "lora"))
+    trained = sum(tensor.nbytes for tensor in load_file(whole.folder / "final" / "adapter_model.safetensors").values())
+    held = [sum(file.stat().st_size for file in path.iterdir()) for path in whole.folder.glob("checkpoints/step-*")]
+    # A value and two moments of each, and less than half a megabyte of names, counts and random states.
+    assert held
+    assert all(size < 3 * trained + 500_000 for size in held), (held, trained)
 
 
 def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(chaos: Chaos) -> None:

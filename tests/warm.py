@@ -19,6 +19,8 @@ from launching import environment, free_port
 SERVER = Path(__file__).parent / "ranks" / "warm.py"
 LONGEST = 180.0
 """Seconds that ranks may take to end."""
+GRACE = 10.0
+"""Seconds until a launcher ends the ranks that are left after one was killed."""
 
 
 class Ranks:
@@ -29,9 +31,11 @@ class Ranks:
         self.pids = pids
         self.log = log
         self._codes: list[int] | None = None
+        self._halved = False
 
     def kill(self, which: Sequence[int] | None = None, number: int = signal.SIGKILL) -> None:
-        """Sends a signal to all ranks, or to those at these places."""
+        """Sends a signal to all ranks, or to those at these places; launchers then end what is left after a while."""
+        self._halved = which is not None and number == signal.SIGKILL
         for place in range(len(self.pids)) if which is None else which:
             with suppress(ProcessLookupError):
                 os.kill(self.pids[place], number)
@@ -39,7 +43,7 @@ class Ranks:
     def wait(self) -> list[int]:
         """Their exit codes, once all have ended; a rank that hangs is killed and fails the test."""
         if self._codes is None:
-            self._codes = self._server._ask({"wait": self.pids}, LONGEST, self)
+            self._codes = self._server._ended(self, GRACE if self._halved else LONGEST)
         return self._codes
 
     def said(self) -> str:
@@ -81,16 +85,23 @@ class Warm:
         }
         return Ranks(self, self._ask(order, 30), log)
 
-    def _ask(self, order: dict, seconds: float, ranks: Ranks | None = None) -> list[int]:
+    def _ended(self, ranks: Ranks, seconds: float) -> list[int]:
+        self._tell({"wait": ranks.pids})
+        line = self._line(seconds)
+        if not line:
+            ranks.kill()
+            line = self._line(10)
+            assert seconds == GRACE, f"ranks did not end within {seconds:.0f} s\n{ranks.said()[-6000:]}"
+        return json.loads(line)
+
+    def _ask(self, order: dict, seconds: float) -> list[int]:
+        self._tell(order)
+        return json.loads(self._line(seconds))
+
+    def _tell(self, order: dict) -> None:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(order).encode() + b"\n")
         self._process.stdin.flush()
-        line = self._line(seconds)
-        if not line and ranks is not None:
-            ranks.kill()
-            self._line(10)
-            raise AssertionError(f"ranks did not end within {seconds:.0f} s\n{ranks.said()[-6000:]}")
-        return json.loads(line)
 
     def _line(self, seconds: float) -> bytes:
         assert self._process.stdout is not None
