@@ -17,12 +17,13 @@ from kept import Kept
 from shardtune import result, run_folder
 from shardtune.assemble.resuming import Beginning, begin_at
 from shardtune.assemble.run_again import finished, to_resume
-from shardtune.assemble.saving import restore
+from shardtune.assemble.saving import how_to_go_on, restore
 from shardtune.cli import main, train_as_rank
 from shardtune.config_file import load_config
 from shardtune.data.steps import Step, Steps
 from shardtune.errors import CheckpointError, ConfigError, StorageError
 from shardtune.evaluation import Evaluator
+from shardtune.state import TrainingState
 from shardtune.tracking import MetricsFile, TensorBoardTracker
 from shardtune.world import World
 from tiny import tiny_config
@@ -163,6 +164,14 @@ def damage(checkpoint: Path) -> None:
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
+
+
+def test_only_a_command_that_goes_on_is_named(tmp_path: Path) -> None:
+    for resume in ("auto", "never", "elsewhere"):
+        said = how_to_go_on(tmp_path, TrainingState(step=5), resume)
+        assert f"{tmp_path / 'checkpoints' / 'step-00000005'}; " in said
+        assert ("the same command goes on" in said) == (resume != "never")
+        assert said.endswith(f"\n  shardtune resume --run {tmp_path}")
 
 
 def test_a_random_stream_that_was_not_saved_follows_from_seed_and_step() -> None:

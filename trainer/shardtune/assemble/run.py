@@ -37,7 +37,7 @@ from shardtune.assemble.words import counted, device_name, facts, last_words
 from shardtune.boundary import Boundaries
 from shardtune.checkpoint.names import FOLDER
 from shardtune.checkpoint.reading import Checkpoint
-from shardtune.checkpoint.saver import MAKE_ROOM, Saver
+from shardtune.checkpoint.saver import Saver
 from shardtune.config import Config
 from shardtune.config_file import dump_config
 from shardtune.data.corpus import Corpus
@@ -117,7 +117,7 @@ def train_run(
         )  # fmt: skip
         boundaries = Boundaries(
             state, world, saver, config.checkpoint.every_steps, config.checkpoint.every_seconds,
-            config.duration.seconds, stopping.told, lambda: how_to_go_on(folder, state),
+            config.duration.seconds, stopping.told, lambda: how_to_go_on(folder, state, config.checkpoint.resume),
             begins_at=state.step if beginning.goes_on else 0,
         )  # fmt: skip
         rate_of = _rate(config, course)
@@ -178,7 +178,7 @@ def _kept_is_said(saver: Saver, world: World) -> Iterator[None]:
             with suppress(ShardtuneError):
                 saver.finish()
         if isinstance(error, StorageError) and saver.kept() not in str(error):
-            raise StorageError(f"{error}\n{saver.kept()}\n{MAKE_ROOM}") from error
+            raise StorageError(f"{error}\n{saver.mending()}") from error
         if isinstance(error, NumbersError):
             raise NumbersError(f"{error}\n{saver.kept()}") from error
         raise
