@@ -128,7 +128,7 @@ def train_run(
         stopping.training()
         if config.evaluation.baseline and course.total_steps != 0 and saved is None:
             reporter.evaluate()
-        reporter.make_up()
+        reporter.evaluate_where_due()
         train(
             state, sys.maxsize if course.total_steps is None else course.total_steps, course.steps, task, in_loop,
             world, rate_of, functools.partial(clip_scale, max_grad_norm=config.optimizer.max_grad_norm),
