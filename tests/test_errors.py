@@ -357,10 +357,13 @@ def test_a_file_in_place_of_runs_on_two_ranks(tmp_path: Path, cache: Path) -> No
 )
 def test_too_high_a_learning_rate(launcher: str, ranks: int, kind: str, tmp_path: Path, cache: Path) -> None:
     config = tiny_config(
-        tmp_path, optimizer__lr=1e30, optimizer__max_grad_norm=None, duration__steps=12, strategy__kind=kind
-    )
+        tmp_path, optimizer__lr=1e30, optimizer__max_grad_norm=None, duration__steps=12, strategy__kind=kind,
+        checkpoint__every=1,
+    )  # fmt: skip
     done = train(config, cache, launcher, ranks)
     check(done, 5, "not finite; the step was not taken", launcher=launcher)
+    kept = sorted((tmp_path / "runs" / "tiny" / "checkpoints").iterdir())
+    assert f"{kept[-1]} is kept" in done.said, "what was on its way when the numbers went wrong is whole"
     assert list((tmp_path / "runs" / "tiny").glob("final*")) == []
 
 
