@@ -102,9 +102,8 @@ def train_run(
         ))  # fmt: skip
         reporter.progress.say(said)
         if saved is not None:
-            origin = (
-                f"step {saved.step} of {saved.folder}, saved on {saved.ranks} ranks under {saved.state['strategy']}"
-            )
+            ranks = f"{saved.ranks} rank{'s' * (saved.ranks > 1)} under {saved.state['strategy']}"
+        origin = f"step {saved.step} of {saved.folder}, saved on {ranks}"
             reporter.progress.say("\n".join([f"goes on from {origin}", *(f"  {change}" for change in changes)]))
         if tuned.tuning.quantization is not None:
             reporter.progress.say(describe_stored([Stored(*rank) for rank in held]))
@@ -115,7 +114,7 @@ def train_run(
         )  # fmt: skip
         boundaries = Boundaries(
             state, world, saver, config.checkpoint.every_steps, config.checkpoint.every_seconds,
-            config.duration.seconds, stopping.told, lambda: how_to_go_on(folder, state),
+            config.duration.seconds, stopping.told, lambda: how_to_go_on(folder, state, config.checkpoint.resume),
             begins_at=state.step if beginning.goes_on else 0,
         )  # fmt: skip
         rate_of = _rate(config, course)
