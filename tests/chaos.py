@@ -289,7 +289,7 @@ class Chaos:
                 kept = sorted((disk / name / "checkpoints").glob("step-*"))
                 problem = "" if 7 in codes and 0 not in codes else f"exit codes {codes} with {room:,} bytes"
                 said = ranks.said()[-1500:]
-                named = "No space left" in said or "are needed and" in said
+                named = "No space left" in said or "bytes are needed" in said
                 if not problem and not (named and (not kept or f"{kept[-1]} is kept" in said)):
                     problem = "the cause, or what was kept, was not named"
                 if not problem and any(verify(folder) for folder in kept):

@@ -268,7 +268,9 @@ def test_a_full_disk(small_disk: Path, seed: int, monkeypatch: pytest.MonkeyPatc
     run.saver.save()
     run.saver.finish()
     run.change()
-    with pytest.raises(StorageError, match=r"[\d,]+ bytes are needed and [\d,]+ are free(.|\n)*step-00000010 is kept"):
+    with pytest.raises(
+        StorageError, match=r"[\d,]+ bytes are needed, and [\d,]+ to spare; [\d,]+ are free(.|\n)*step-00000010 is kept"
+    ):
         run.saver.save()
     monkeypatch.setattr(saver_module, "MARGIN", -1 << 30)  # as if the room had been taken meanwhile
     rest = small_disk / "of others"

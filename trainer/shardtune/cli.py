@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import shardtune
 from shardtune import checkpoint_commands, commands
 from shardtune.commands import config_of
-from shardtune.errors import ConfigError
+from shardtune.errors import ConfigError, RankError
 from shardtune.exit_codes import guarded, leave
 
 if TYPE_CHECKING:
@@ -177,15 +177,23 @@ def _train(options: argparse.Namespace) -> int:
 
     check_model_path(config)
     command = [sys.executable, "-m", "shardtune.cli", "--config", str(options.config), *options.overrides]
-    return spawn(command, ranks, options.nodes, options.node_rank, options.rendezvous)
+    try:
+        return spawn(command, ranks, options.nodes, options.node_rank, options.rendezvous)
+    except RankError as error:
+        from shardtune.assemble.run_again import what_is_kept
+
+        raise RankError(f"{error}\n{what_is_kept(config)}") from None
 
 
 def _resume(options: argparse.Namespace) -> int:
     from shardtune.assemble.run_again import to_resume
+    from shardtune.run_folder import go_where_started
 
+    folder = options.folder.absolute()
     options.config, options.overrides, options.ranks = to_resume(
-        options.folder, options.overrides, options.ranks, _visible_gpus()
+        folder, options.overrides, options.ranks, _visible_gpus()
     )
+    go_where_started(folder)
     return _train(options)
 
 

@@ -133,11 +133,16 @@ def _of_run(options: argparse.Namespace) -> tuple[Config, Path]:
     """The run's config, and where its result is: `final`, or the checkpoint of `--step`."""
     from shardtune.checkpoint_commands import checkpoint_of
     from shardtune.config_file import load_config
+    from shardtune.run_folder import go_where_started
 
-    folder: Path = options.folder
+    folder = options.folder = options.folder.absolute()
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"command line --run: {folder} is no run's folder (no config.yaml)")
     config = load_config(folder / "config.yaml", [])
+    for option in ("input", "out"):
+        if getattr(options, option, None) is not None:
+            setattr(options, option, getattr(options, option).absolute())
+    go_where_started(folder)
     if options.step is not None:
         return config, checkpoint_of(folder, options.step)
     if not (folder / "final").is_dir():

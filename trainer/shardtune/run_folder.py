@@ -117,6 +117,14 @@ def read_environment(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def go_where_started(folder: Path) -> None:
+    """Changes to the directory that the run was started in, which relative paths of its config are meant from, if it
+    is there."""
+    directory = read_environment(folder).get("directory")
+    if isinstance(directory, str) and Path(directory).is_dir():
+        os.chdir(directory)
+
+
 def _describe(folder: Path, config_yaml: str, environment: dict[str, Any]) -> None:
     """Each file is the old or the new one, whenever it is interrupted."""
     described = json.dumps(environment, indent=2, ensure_ascii=False) + "\n"
@@ -159,6 +167,7 @@ def environment(command_line: list[str], strategy: str, devices: list[str]) -> d
     """What a run ran on; `devices` has one entry a rank."""
     return {
         "command_line": command_line,
+        "directory": os.getcwd(),
         "ranks": len(devices),
         "strategy": strategy,
         "devices": devices,

@@ -104,7 +104,8 @@ class Stopping:
             _leave(Stopped.exit_code, f"{reason}: stopped before the first step; start it again")
         if self._reason is None:
             self._reason = reason
-            _say(f"{reason}: this run saves and stops after the present step")
+            again = "; once more, in a second or later, ends it at once" if reason == "SIGINT" else ""
+            _say(f"{reason}: this run saves and stops after the present step{again}")
 
 
 class _Launcher:

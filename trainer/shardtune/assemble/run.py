@@ -104,9 +104,8 @@ def train_run(
         ))  # fmt: skip
         reporter.progress.say(said)
         if saved is not None:
-            origin = (
-                f"step {saved.step} of {saved.folder}, saved on {saved.ranks} ranks under {saved.state.get('strategy')}"
-            )
+            ranks = f"{saved.ranks} rank{'s' * (saved.ranks > 1)} under {saved.state.get('strategy')}"
+            origin = f"step {saved.step} of {saved.folder}, saved on {ranks}"
             reporter.progress.say("\n".join([f"goes on from {origin}", *(f"  {change}" for change in changes)]))
         if tuned.tuning.quantization is not None:
             reporter.progress.say(describe_stored([Stored(*rank) for rank in held]))

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shardtune.assemble.resumable import UNSAID, is_longer
-from shardtune.checkpoint.names import DAMAGED, FOLDER, MANIFEST, step_of
+from shardtune.checkpoint.names import DAMAGED, FOLDER, MANIFEST, folder_name, step_of
 from shardtune.config import Config
 from shardtune.config_file import flat, load_config
-from shardtune.errors import ConfigError
+from shardtune.errors import CheckpointError, ConfigError
 from shardtune.run_folder import is_finished, read_environment
 
 
@@ -33,7 +33,12 @@ def finished(config: Config) -> list[str] | None:
     if is_longer(config.duration, then.duration) is not False:
         if steps_in(folder):
             return None
-        lines.append("  it cannot go on for longer: it has no checkpoints any more")
+        damaged = [path.name for path in _entries(folder / FOLDER) if DAMAGED.fullmatch(path.name)]
+        why = f"those that it had are damaged: {', '.join(sorted(damaged))}" if damaged else "it has none any more"
+        raise CheckpointError(
+            f"{lines[0]}\nIt cannot go on for longer, as that takes a checkpoint: {why}. tuning.from and model.path "
+            "begin another run with its result"
+        )
     old, new = flat(then), flat(config)
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key) and key not in UNSAID]
     lines += [f"  it was trained with {key}: {old.get(key)}, not {new.get(key)}" for key in changed]
@@ -67,6 +72,16 @@ def to_resume(folder: Path, overrides: Sequence[str], ranks: int | None, gpus: i
 def steps_in(folder: Path) -> list[int]:
     """The steps of the checkpoints that a run's folder has, whole by their names."""
     return sorted(step for path in _entries(folder / FOLDER) if (step := step_of(path)) is not None)
+
+
+def what_is_kept(config: Config) -> str:
+    """How a run goes on that has ended in the middle of a step."""
+    folder = Path(config.runs) / config.name
+    steps = steps_in(folder)
+    if not steps:
+        return f"{folder} has no checkpoint yet; the same command begins anew"
+    kept = f"{folder / FOLDER / folder_name(steps[-1])} is kept"
+    return f"{kept}; go on from there with\n  shardtune resume --run {folder}"
 
 
 def is_auto(given: str, folder: Path) -> bool:

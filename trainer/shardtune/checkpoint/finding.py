@@ -122,7 +122,7 @@ def called(folder: Path, pattern: re.Pattern[str]) -> list[tuple[Path, int]]:
     """
     try:
         matches = [match for match in map(pattern.fullmatch, os.listdir(folder)) if match]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be read: {error.strerror or error}") from None

@@ -190,7 +190,7 @@ class Saver:
             disk = os.statvfs(self._folder)
             free = disk.f_bavail * disk.f_frsize
             if save.size + MARGIN > free:
-                return f"{self._folder}: {save.size + MARGIN:,} bytes are needed and {free:,} are free"
+                return f"{self._folder}: {save.size:,} bytes are needed, and {MARGIN:,} to spare; {free:,} are free"
             files.make_folder(save.partial)
         except OSError as error:
             return f"{error.filename}: {error.strerror}"
