@@ -17,11 +17,13 @@ from kept import Kept
 from shardtune import result, run_folder
 from shardtune.assemble.resuming import Beginning, begin_at
 from shardtune.assemble.run_again import finished, to_resume
-from shardtune.assemble.saving import restore
+from shardtune.assemble.saving import how_to_go_on, restore
 from shardtune.cli import main, train_as_rank
 from shardtune.config_file import load_config
+from shardtune.data.steps import Step, Steps
 from shardtune.errors import CheckpointError, ConfigError, StorageError
 from shardtune.evaluation import Evaluator
+from shardtune.state import TrainingState
 from shardtune.tracking import MetricsFile, TensorBoardTracker
 from shardtune.world import World
 from tiny import tiny_config
@@ -164,6 +166,14 @@ def damage(checkpoint: Path) -> None:
     file.write_bytes(data)
 
 
+def test_only_a_command_that_goes_on_is_named(tmp_path: Path) -> None:
+    for resume in ("auto", "never", "elsewhere"):
+        said = how_to_go_on(tmp_path, TrainingState(step=5), resume)
+        assert f"{tmp_path / 'checkpoints' / 'step-00000005'}; " in said
+        assert ("the same command goes on" in said) == (resume != "never")
+        assert said.endswith(f"\n  shardtune resume --run {tmp_path}")
+
+
 def test_a_random_stream_that_was_not_saved_follows_from_seed_and_step() -> None:
     saved: Any = Kept([], step=7)  # as that of a GPU, of a run that was on the CPU
     saved.ranks = 1
@@ -203,6 +213,19 @@ def test_a_finished_run_goes_on_for_longer(tiny: Run, capsys: pytest.CaptureFixt
     described = run_folder.read_environment(tiny.folder)
     assert [part["steps"] for part in described["earlier"]] == [[0, 4]]
     assert load_config(tiny.folder / "config.yaml", []).optimizer.lr == 5e-4
+
+
+def test_no_step_is_prepared_after_the_last(tiny: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared: list[int] = []
+    at = Steps.at
+
+    def counted(steps: Steps, epoch: int, cursor: int) -> Step:
+        prepared.append(cursor)
+        return at(steps, epoch, cursor)
+
+    monkeypatch.setattr(Steps, "at", counted)
+    assert tiny.goes_on("duration.steps=6", "data.prefetch=4") == 0
+    assert len(prepared) == 2
 
 
 def test_what_does_not_fit_is_refused_and_nothing_is_moved(tiny: Run, capsys: pytest.CaptureFixture[str]) -> None:

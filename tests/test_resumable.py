@@ -217,6 +217,10 @@ def test_a_config_of_an_older_version_has_the_defaults_of_this_one(file: Path) -
     assert compare(state, config, DATA, "bb") == []
     state["config"]["checkpoint"]["pigeons"] = 3
     assert "another version" in refusal(state, config)
+    for unusable in (None, [], "config"):
+        assert "another version" in refusal({**state, "config": unusable}, config)
+    del state["config"]
+    assert "another version" in refusal(state, config)
 
 
 def test_the_training_examples_have_a_fingerprint_of_their_own(tmp_path: Path, monkeypatch: Any) -> None:

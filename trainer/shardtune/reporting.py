@@ -94,22 +94,14 @@ class Reporter:
         # The state's seconds are those at which the step began.
         ended = state.seconds + report.seconds
         self.progress.step(state.step, report.loss, report.lr, tokens_per_second, ended)
-        if state.step % self._evaluate_every == 0 and state.step != self._total_steps:
-            self._evaluate_on_the_way()
+        self.evaluate_where_due()
 
-    def missing_evaluation(self) -> bool:
-        """Whether an evaluation was due after the present step and did not come to its end; the same on every rank."""
+    def evaluate_where_due(self) -> None:
+        """On the way: after a step, and where a run begins whose evaluation of that step was cut off; all ranks call
+        it."""
         step = self._state.step
-        due = step > 0 and step % self._evaluate_every == 0 and step != self._total_steps
-        return due and any(self._judged_at[split.name] != step for split in self._splits if split.name == "validation")
-
-    def make_up(self) -> None:
-        """The evaluation that is missing, if so; all ranks call it."""
-        if self.missing_evaluation():
-            self._evaluate_on_the_way()
-
-    def _evaluate_on_the_way(self) -> None:
-        self.evaluate([split for split in self._splits if split.name == "validation"])
+        if step > 0 and step % self._evaluate_every == 0 and step != self._total_steps:
+            self.evaluate([split for split in self._splits if split.name == "validation"])
 
     def after_training(self) -> bool:
         """Logs the last step, where that was not known for the last, and evaluates; returns what `evaluate` does."""

@@ -98,7 +98,7 @@ def compare(
 
     Raises CheckpointError with a line for each change that makes the saved state meaningless.
     """
-    then, now = _config_of(saved), config
+    then, now = config_of(saved), config
     same_data = data is not None and saved.get("data") == dict(data)
     same_base = base is not None and saved.get("base") == base
     harmless: list[str] = []
@@ -131,10 +131,13 @@ def compare(
     )
 
 
-def _config_of(saved: Mapping[str, Any]) -> Config:
-    """The config in a checkpoint; keys that this version has and that one had not, with their defaults."""
+def config_of(saved: Mapping[str, Any]) -> Config:
+    """The config in a checkpoint's state; keys that this version has and that one had not, with their defaults.
+
+    Raises CheckpointError where there is none that this version can read.
+    """
     try:
-        return Config.model_validate(saved["config"])
+        return Config.model_validate(saved.get("config"))
     except ValidationError as error:
         detail = error.errors(include_url=False)[0]
         key = ".".join(map(str, detail["loc"]))

@@ -27,6 +27,7 @@ from shardtune.assemble.parts import (
     metric_names,
 )
 from shardtune.assemble.prepared import Prepared, evaluated_splits, keep_tokenizer, prepare
+from shardtune.assemble.resumable import config_of
 from shardtune.assemble.resuming import FRESH, Beginning
 from shardtune.assemble.saving import how_to_go_on, identify, restore, saved_weights, snapshots, state_of
 from shardtune.assemble.steps import Course, make_course, make_stream, make_stream_course
@@ -36,7 +37,7 @@ from shardtune.assemble.words import counted, device_name, facts, last_words
 from shardtune.boundary import Boundaries
 from shardtune.checkpoint.names import FOLDER
 from shardtune.checkpoint.reading import Checkpoint
-from shardtune.checkpoint.saver import MAKE_ROOM, Saver
+from shardtune.checkpoint.saver import Saver
 from shardtune.config import Config
 from shardtune.config_file import dump_config
 from shardtune.data.corpus import Corpus
@@ -67,7 +68,8 @@ def train_run(
     """
     folder, saved = Path(config.runs) / config.name, beginning.saved
     check_device(config, world)
-    config = take_over(config, saved.state["config"]["tuning"] if saved is not None else None)
+    resumed = config_of(saved.state).tuning.model_dump(mode="json") if saved is not None else None
+    config = take_over(config, resumed)
     prepared = prepare(config, world, corpus)
     identity = identify(config, prepared, world)
     changes = beginning.check(config, identity, world)
@@ -77,8 +79,8 @@ def train_run(
     kind = world.first_does("strategy", lambda: choose_strategy(config.strategy, tuned.model, world, dtype))
     said = facts(config, world, prepared, tuned, kind)
     strategy = _placed(config, world, prepared, tuned, kind, saved)
-    course, stream = _course(config, world, prepared)
     state = state_of(saved) if saved is not None else TrainingState()
+    course, stream = _course(config, world, prepared, state.step)
     task, in_loop = tuned.tuning.in_training(prepared.task, strategy, course.total_steps or 0, world)
     if saved is None:
         world.seed_everything(config.seed)
@@ -102,8 +104,8 @@ def train_run(
         ))  # fmt: skip
         reporter.progress.say(said)
         if saved is not None:
-            ranks = f"{saved.ranks} rank{'s' * (saved.ranks > 1)} under {saved.state['strategy']}"
-        origin = f"step {saved.step} of {saved.folder}, saved on {ranks}"
+            ranks = f"{saved.ranks} rank{'s' * (saved.ranks > 1)} under {saved.state.get('strategy')}"
+            origin = f"step {saved.step} of {saved.folder}, saved on {ranks}"
             reporter.progress.say("\n".join([f"goes on from {origin}", *(f"  {change}" for change in changes)]))
         if tuned.tuning.quantization is not None:
             reporter.progress.say(describe_stored([Stored(*rank) for rank in held]))
@@ -125,7 +127,7 @@ def train_run(
         stopping.training()
         if config.evaluation.baseline and course.total_steps != 0 and saved is None:
             reporter.evaluate()
-        reporter.make_up()
+        reporter.evaluate_where_due()
         train(
             state, sys.maxsize if course.total_steps is None else course.total_steps, course.steps, task, in_loop,
             world, rate_of, functools.partial(clip_scale, max_grad_norm=config.optimizer.max_grad_norm),
@@ -175,7 +177,7 @@ def _kept_is_said(saver: Saver, world: World) -> Iterator[None]:
             with suppress(ShardtuneError):
                 saver.finish()
         if isinstance(error, StorageError) and saver.kept() not in str(error):
-            raise StorageError(f"{error}\n{saver.kept()}\n{MAKE_ROOM}") from error
+            raise StorageError(f"{error}\n{saver.mending()}") from error
         if isinstance(error, NumbersError):
             raise NumbersError(f"{error}\n{saver.kept()}") from error
         raise
@@ -196,14 +198,14 @@ def _placed(
     return strategy
 
 
-def _course(config: Config, world: World, prepared: Prepared) -> tuple[Course, Stream | None]:
-    """The steps, and the stream that they come from, if so."""
+def _course(config: Config, world: World, prepared: Prepared, done: int) -> tuple[Course, Stream | None]:
+    """The steps, of which so many are `done`, and the stream that they come from, if so."""
     if not config.data.streaming:
         table = prepared.tables["train"]
-        return make_course(config, world, prepared.task, table, prepared.train_counts), None
+        return make_course(config, world, prepared.task, table, prepared.train_counts, done), None
     own_task = copy.deepcopy(prepared.task)  # a tokenizer's settings change while it is used: not in two threads
     stream = make_stream(config, own_task)
-    return make_stream_course(config, world, own_task, stream), stream
+    return make_stream_course(config, world, own_task, stream, done), stream
 
 
 def _rate(config: Config, course: Course) -> Callable[[TrainingState], float]:

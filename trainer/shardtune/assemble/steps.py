@@ -30,15 +30,18 @@ class Course(NamedTuple):
     """How many examples an epoch visits, by its number; None where that is not known before."""
 
 
-def make_course(config: Config, world: World, task: Task, table: TokenTable, counts: Sequence[int]) -> Course:
-    """The steps over a table of examples, of which so many are from each source."""
+def make_course(
+    config: Config, world: World, task: Task, table: TokenTable, counts: Sequence[int], done: int
+) -> Course:
+    """The steps over a table of examples, of which so many are from each source; `done`: steps that are not asked for
+    any more."""
     batch, order = config.batch, make_order(config, table, counts)
     total_steps = config.duration.steps
     if config.duration.epochs is not None:
         total_steps = order.total_steps(config.duration.epochs)
     batching = BATCHINGS[config.data.batching]()
     steps = Steps(table, order, batching, task.collate, world.rank, world.size, make_budget(batch))
-    return Course(prefetched(config, world, steps, total_steps), total_steps, order.examples_of)
+    return Course(prefetched(config, world, steps, total_steps, done), total_steps, order.examples_of)
 
 
 def make_order(config: Config, table: TokenTable, counts: Sequence[int]) -> Order:
@@ -58,20 +61,21 @@ def make_stream(config: Config, task: Task) -> Stream:
     )  # fmt: skip
 
 
-def make_stream_course(config: Config, world: World, task: Task, stream: Stream) -> Course:
-    """The steps over a stream, whose length nobody knows."""
+def make_stream_course(config: Config, world: World, task: Task, stream: Stream, done: int) -> Course:
+    """The steps over a stream, whose length nobody knows; `done`: steps that are not asked for any more."""
     batch, total_steps = config.batch, config.duration.steps
     batching = BATCHINGS[config.data.batching]()
     layout = Layout(batching, task.collate, world.rank, world.size, make_budget(batch))
     steps = StreamSteps(stream, batch.examples, batch.tokens, layout)
-    return Course(prefetched(config, world, steps, total_steps), total_steps, lambda epoch: None)
+    return Course(prefetched(config, world, steps, total_steps, done), total_steps, lambda epoch: None)
 
 
-def prefetched(config: Config, world: World, steps: StepSource, total_steps: int | None) -> StepSource:
-    """The same steps, prepared `data.prefetch` ahead."""
+def prefetched(config: Config, world: World, steps: StepSource, total_steps: int | None, done: int) -> StepSource:
+    """The same steps, prepared `data.prefetch` ahead, but none after the last."""
     if not config.data.prefetch:
         return steps
-    return Prefetch(steps, config.data.prefetch, sys.maxsize if total_steps is None else total_steps, world.device)
+    left = sys.maxsize if total_steps is None else total_steps - done
+    return Prefetch(steps, config.data.prefetch, left, world.device)
 
 
 def portions(sources: Sequence[SourceConfig], table: TokenTable, counts: Sequence[int]) -> list[Portion]:

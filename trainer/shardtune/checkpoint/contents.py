@@ -49,7 +49,7 @@ class Contents:
 
 
 def read_contents(folder: Path) -> Contents:
-    """Reads state.json and the headers of the ranks' files; whether bytes were changed is for `verify` to say.
+    """Reads state.json and the headers of the ranks' files; whether bytes were changed, `problems` tells.
 
     Raises CheckpointError naming the file, and what is wrong with it.
     """

@@ -82,17 +82,6 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{folder}: {error}") from None
 
 
-def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> Manifest:
-    """Reads every byte of a checkpoint, or this rank's `share` (see `problems`); what it holds if it is whole.
-
-    Raises CheckpointError with a line for each file that is not as it was written.
-    """
-    found = problems(folder, share)
-    if found:
-        raise CheckpointError("\n".join(f"{folder}: {problem}" for problem in found))
-    return read_manifest(folder)
-
-
 def problems(folder: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
     """What is wrong with a checkpoint, `FILE: what` each; nothing if it is whole.
 

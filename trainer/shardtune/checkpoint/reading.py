@@ -55,10 +55,6 @@ class Checkpoint:
         """What is there of `name`, each with the shape of the whole tensor; empty where nothing is."""
         return {what: held.shape for what, held in self._contents.tensors.get(name, {}).items()}
 
-    def dtype(self, name: str, what: str = VALUE) -> torch.dtype:
-        """What it is kept in. Raises CheckpointError where it is not there."""
-        return DTYPES[self._held(name, what).dtype]
-
     def read(self, name: str, what: str, start: int, stop: int) -> Tensor:
         """Elements `start` to `stop` of the flattened tensor, 1-D, on the CPU, in the dtype kept.
 
@@ -111,7 +107,7 @@ class Value:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """A checkpoint to read from; whether its bytes are those that were written, `verify` and `newest_good` find out.
+    """A checkpoint to read from; whether its bytes are those that were written, `newest_good` finds out.
 
     Raises CheckpointError where its files do not fit each other or hold what no checkpoint has. Nothing in them is run.
     """

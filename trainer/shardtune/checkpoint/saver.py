@@ -25,8 +25,7 @@ from shardtune.world import World
 
 MARGIN = 1 << 20
 """Bytes that must be free beyond those of the files: for folders, and for what else the run writes."""
-
-MAKE_ROOM = "Make room there and start the same command again: it goes on from the newest good checkpoint"
+NONE_KEPT = "there is no older checkpoint"
 
 
 class Snapshot(NamedTuple):
@@ -240,14 +239,22 @@ class Saver:
         if not self._world.is_first:
             raise FailedElsewhere(StorageError.exit_code)
         causes = [f"rank {rank}: {cause}" if len(told) > 1 else cause for rank, cause in enumerate(told) if cause]
-        raise StorageError(f"step {step} could not be saved\n{chr(10).join(causes)}\n{self.kept()}\n{MAKE_ROOM}")
+        raise StorageError(f"step {step} could not be saved\n{chr(10).join(causes)}\n{self.mending()}")
 
     def kept(self) -> str:
         """The newest checkpoint, for messages."""
         steps: list[int] = []
         with suppress(OSError):
             steps = [step for path in self._folder.iterdir() if (step := step_of(path)) is not None]
-        return f"{self._folder / folder_name(max(steps))} is kept" if steps else "there is no older checkpoint"
+        return f"{self._folder / folder_name(max(steps))} is kept" if steps else NONE_KEPT
+
+    def mending(self) -> str:
+        """The same, and how the run goes on once there is room again."""
+        kept = self.kept()
+        if kept == NONE_KEPT:
+            return f"{kept}\nMake room there and start the same command again"
+        resume = f"shardtune resume --run {self._folder.parent}"
+        return f"{kept}\nMake room there, and the run goes on from its newest good checkpoint with\n  {resume}"
 
     def _remove(self, partial: Path) -> None:
         with suppress(OSError):  # the next start tries again
