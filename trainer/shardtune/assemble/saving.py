@@ -128,13 +128,11 @@ def restore(saved: Checkpoint, strategy: Strategy, world: World, seed: int) -> N
 
 
 def how_to_go_on(folder: Path, state: TrainingState, resume: str) -> str:
-    """What to say of a run that ends at `state`, its last step saved; `resume`: of the config."""
+    """What to say of a run that ends at `state`, its last step saved; `resume`: its `checkpoint.resume`."""
     if state.step == 0:
         return f"{folder}: stopped before its first step; start it again"
-    there, command = folder / FOLDER / folder_name(state.step), f"shardtune resume --run {folder}"
+    saved = f"step {state.step} is saved in {folder / FOLDER / folder_name(state.step)}"
+    command = f"shardtune resume --run {folder}"
     if resume == "never":
-        return (
-            f"step {state.step} is saved in {there}; go on from there with\n  {command}\n(the same command, with "
-            "checkpoint.resume=never, would begin anew)"
-        )
-    return f"step {state.step} is saved in {there}; the same command goes on from there, and so does\n  {command}"
+        return f"{saved}; what goes on from there, as checkpoint.resume=never begins anew, is\n  {command}"
+    return f"{saved}; the same command goes on from there, and so does\n  {command}"
