@@ -24,7 +24,7 @@ from tiny import rows, tiny_config
 KINDS = ("auto", "single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
 MODELS = ("t5", "llama", "bert")
 TRAINING_KEYS = [
-    "step", "epoch", "loss", "lr", "grad_norm", "examples", "tokens", "target_tokens", "padding_share",
+    "step", "epoch", "loss", "lr", "grad_norm", "examples", "tokens", "target_tokens", "examples_digest", "padding_share",
     "step_seconds", "data_seconds", "tokens_per_second", "peak_memory_bytes",
 ]  # fmt: skip
 METRICS = {
@@ -141,7 +141,7 @@ def test_same_run(case: Case, runs: Runs) -> None:
 def check_folder(done: Run) -> None:
     case, folder = done.case, done.folder
     assert sorted(path.name for path in folder.iterdir()) == [
-        "config.yaml", "environment.json", "final", "metrics.jsonl", "predictions",
+        "checkpoints", "config.yaml", "environment.json", "final", "metrics.jsonl", "predictions", "tokenizer",
     ]  # fmt: skip
 
     overrides = [f"name={folder.name}", f"strategy.kind={case.kind}"]

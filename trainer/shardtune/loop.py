@@ -109,6 +109,7 @@ def _next(steps: StepSource, state: TrainingState) -> tuple[Step, DataError | No
         return Step(np.zeros(0, np.int64), [], False), error
 
 
-def _chained(digest: str, step: Step) -> str:
-    """SHA-256 of the digest so far and the step's examples, its first 16 hexadecimal digits."""
-    return hashlib.sha256(digest.encode() + step.examples.astype("<i8").tobytes()).hexdigest()[:16]
+def _chained(digest: int, step: Step) -> int:
+    """The first 48 bits of the SHA-256 of the digest so far and the step's examples: a number that JSON keeps."""
+    content = digest.to_bytes(8, "little") + step.examples.astype("<i8").tobytes()
+    return int.from_bytes(hashlib.sha256(content).digest()[:6], "little")

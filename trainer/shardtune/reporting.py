@@ -134,7 +134,7 @@ class Reporter:
         }
         self._metrics_file.write(line)
         for tracker in self._trackers:
-            figures = {key: value for key, value in line.items() if key != "step" and not isinstance(value, str)}
+            figures = {key: value for key, value in line.items() if key not in ("step", "examples_digest")}
             tracker.scalars(state.step, {f"train/{key}": value for key, value in figures.items()})
 
     def evaluate(self, splits: Sequence[Split] | None = None) -> bool:

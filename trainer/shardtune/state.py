@@ -19,7 +19,7 @@ class TrainingState:
     tokens: int = 0
     """Source and target tokens that are not padding."""
     target_tokens: int = 0
-    digest: str = ""
+    digest: int = 0
     """Of the examples of all steps, in order: the same for runs that were given the same examples."""
     seconds: float = 0.0
     """Since the first step began, evaluating and saving included, over all parts of the run."""
