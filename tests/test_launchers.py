@@ -24,8 +24,8 @@ from tiny import rows, tiny_config
 KINDS = ("auto", "single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
 MODELS = ("t5", "llama", "bert")
 TRAINING_KEYS = [
-    "step", "epoch", "loss", "lr", "grad_norm", "examples", "tokens", "target_tokens", "examples_digest", "padding_share",
-    "step_seconds", "data_seconds", "tokens_per_second", "peak_memory_bytes",
+    "step", "epoch", "loss", "lr", "grad_norm", "examples", "tokens", "target_tokens", "examples_digest",
+    "padding_share", "step_seconds", "data_seconds", "tokens_per_second", "peak_memory_bytes",
 ]  # fmt: skip
 METRICS = {
     "t5": {"rouge1", "rouge2", "rougeL", "rougeLsum"},

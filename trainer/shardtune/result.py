@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -66,6 +67,7 @@ def write_result(
         save_tokenizer(tokenizer, partial)
         if labels:  # an adapter's folder has no config to name them
             (partial / "labels.json").write_text(json.dumps(labels, ensure_ascii=False), encoding="utf-8")
+        _flush(partial)
         partial.rename(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)  # so that a full disk has room again
@@ -75,6 +77,16 @@ def write_result(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return notes
+
+
+def _flush(folder: Path) -> None:
+    """Returns when the disk has all files of a folder: whatever is called final is whole."""
+    for path in [*folder.iterdir(), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _all_tensors(

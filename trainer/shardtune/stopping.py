@@ -18,7 +18,8 @@ from typing import NoReturn
 from shardtune.errors import RankError, Stopped
 from shardtune.world import launched_by, launched_local_rank, launched_ranks
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+"""SIGHUP, of a terminal that is closed, only where it is not ignored, as it is under nohup."""
 INTERRUPTED = 130
 """The exit code after a second SIGINT."""
 SAME_SECONDS = 1.0
@@ -48,8 +49,10 @@ class Stopping:
         signals, self._written_to = os.pipe()
         os.set_blocking(self._written_to, False)
         self._written_to_before = signal.set_wakeup_fd(self._written_to, warn_on_full_buffer=False)
-        self._before = {number: signal.signal(number, _leave_it_to_the_thread) for number in SIGNALS}
-        for number in SIGNALS:
+        ignored = signal.SIGHUP if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else None
+        listened = [number for number in SIGNALS if number != ignored]
+        self._before = {number: signal.signal(number, _leave_it_to_the_thread) for number in listened}
+        for number in listened:
             signal.siginterrupt(number, False)  # what libraries read and write goes on
         threading.Thread(target=self._watch, args=(signals,), name="stopping", daemon=True).start()
         return self
