@@ -258,7 +258,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "eva": {"examples": 8}, "vera": {"rank": 16}, "freeze": {"layers": 1}, "p_tuning": {"encoder": "lstm"},
     "prefix": {"projection": True}, "pissa": {"iterations": 4},
 }  # fmt: skip
-FAST_ZERO = ["full", "pissa", "adalora", "vera"]
+ALL = "SHARDTUNE_TEST_ALL" in os.environ
+SHARDED = {
+    "fsdp2": ["full", "lora", "qlora", "pissa", "eva", "adalora", "loftq", "prefix", "multitask_prompt", "adapter"],
+    "zero3": ["full", "adalora"],
+}
+"""Methods that differ in what they keep; SHARDTUNE_TEST_ALL adds the others."""
 
 
 class Twice(NamedTuple):
@@ -277,8 +282,8 @@ class Twice(NamedTuple):
 
 
 TWICE = [
-    *(Twice(method, strategy) for strategy in ("single", "fsdp2") for method in METHODS),
-    *(Twice(method, "zero3") for method in FAST_ZERO),
+    *(Twice(method, "single") for method in METHODS),
+    *(Twice(method, strategy) for strategy, some in SHARDED.items() for method in (METHODS if ALL else some)),
 ]
 
 
