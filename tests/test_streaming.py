@@ -307,7 +307,7 @@ def test_a_bad_row_ends_the_run_with_its_place(launcher: str, ranks: int, tmp_pa
     done = run(command(launcher, ranks, "--config", config), tmp_path / "cache")
     assert done.code == (1 if launcher == "torchrun" else DataError.exit_code), done.said
     assert done.err.count(f"{path}:41 field `summary`: absent") == 1, done.said
-    assert "This was found after 3 of 5 steps" in done.err
+    assert f"step 3 is saved in {tmp_path / 'runs' / 'tiny' / 'checkpoints' / 'step-00000003'}" in done.err
     assert [line["step"] for line in metrics(tmp_path, "tiny")] == [1, 2, 3]
     assert done.left == []
 
