@@ -12,10 +12,9 @@ from pathlib import Path
 
 from shardtune.assemble.data import read_texts
 from shardtune.assemble.quiet import quiet_libraries
-from shardtune.assemble.resuming import Beginning
+from shardtune.assemble.resuming import Beginning, begin_at
 from shardtune.assemble.run import train_run
 from shardtune.checkpoint.names import FOLDER
-from shardtune.checkpoint.reading import open_checkpoint
 from shardtune.config import Config
 from shardtune.config_file import load_config
 from shardtune.exit_codes import guarded, leave
@@ -29,12 +28,11 @@ def train(config: Config, world: World, beginning: Beginning) -> None:
     train_run(config, world, read[0] if read else None, sys.argv, Stopping(), beginning)
 
 
-def begun(config: Config) -> str:
-    """The folder of a run that was stopped after its first checkpoint; returns that."""
+def begin(config: Config) -> None:
+    """The folder of a run that was stopped after its first checkpoint."""
     first = sorted((Path(config.runs) / config.name / FOLDER).glob("step-*"))[0]
     folder = Path(config.runs) / f"{config.name}-resumed"
     shutil.copytree(first, folder / FOLDER / first.name)
-    return str(folder / FOLDER / first.name)
 
 
 def main(files: list[str]) -> int:
@@ -48,9 +46,11 @@ def main(files: list[str]) -> int:
                 stack.enter_context(contextlib.redirect_stderr(stack.enter_context(log.open("w", encoding="utf-8"))))
             stack.enter_context(quiet_libraries())
             train(config, world, Beginning())
-            saved = open_checkpoint(Path(world.first_does("begun", lambda config=config: begun(config))))
+            world.first_does("begun", lambda config=config: begin(config))
             again = config.model_copy(update={"name": f"{config.name}-resumed"})
-            train(again, world, Beginning(saved))
+            beginning = begin_at(again, world, print, lambda key: "")
+            train(again, world, beginning)
+            beginning.release()
         if world.is_first:
             print(config.name, flush=True)
     world.close()
