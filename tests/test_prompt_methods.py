@@ -318,12 +318,14 @@ def test_results_are_judged_and_tried(done: Path, run: Run, monkeypatch: pytest.
     config = load_config(path, [])
     folder = done / "runs" / run.name
     _, evaluations = run_many.metrics(folder)
-    table = evaluate(config, read_texts(config), None, "validation")
+    table = evaluate(config, read_texts(config), folder / "final", "validation", "final")
     assert f"{evaluations[-1]['loss']:.4f}" in table
     rows = plain.read_rows(folder / "predictions" / f"step-{STEPS}-validation.jsonl")
     if run.method != "tasks":
-        assert list(generate(config, folder, [row["source"] for row in rows], False)) == [r["prediction"] for r in rows]
-    assert len(list(generate(config, folder, ["red cat", "old dog"], False))) == 2
+        assert list(generate(config, folder / "final", [row["source"] for row in rows], False)) == [
+            r["prediction"] for r in rows
+        ]
+    assert len(list(generate(config, folder / "final", ["red cat", "old dog"], False))) == 2
 
 
 def test_virtual_tokens_are_not_merged(done: Path, tmp_path: Path) -> None:
@@ -332,6 +334,7 @@ def test_virtual_tokens_are_not_merged(done: Path, tmp_path: Path) -> None:
         export(
             load_config(config_of(done, run), []),
             done / "runs" / run.name,
+            done / "runs" / run.name / "final",
             tmp_path / "out",
             merge=True,
             base="original",
