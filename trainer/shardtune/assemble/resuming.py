@@ -102,21 +102,17 @@ def _go_on(
 ) -> Beginning:
     """As `begin_at`, once the run's own folder is claimed; FRESH where there is no checkpoint."""
     folder, given = Path(config.runs) / config.name, config.checkpoint.resume
-    if is_auto(given, folder):
-        newest = newest_good(folder / FOLDER, world, say)
-        if newest is None:
-            return FRESH
-        saved = open_checkpoint(newest)
-        keep = functools.partial(_keep_result, folder, saved.step, say)
-        return Beginning(saved, saved.state.get("began_from"), claim, place, rename=keep)
-    start = identity_of_start(given)
     newest = newest_good(folder / FOLDER, world, say)
     saved = open_checkpoint(newest) if newest is not None else None
-    if saved is not None and saved.state.get("began_from") == start:
-        if world.is_first:
+    before = saved.state.get("began_from") if saved is not None else None
+    auto, start = is_auto(given, folder), identity_of_start(given)
+    if saved is not None and (auto or before == start):
+        if not auto and world.is_first:
             say(f"{folder} has begun from {given} before; it goes on from its own newest checkpoint, {saved.folder}")
         keep = functools.partial(_keep_result, folder, saved.step, say)
-        return Beginning(saved, start, claim, place, rename=keep)
+        return Beginning(saved, before, claim, place, rename=keep)
+    if auto:
+        return FRESH
     # Not before: where the run has begun may be removed by now, by the run itself even.
     wanted, single, inside = world.first_does("path", lambda: _located(given, folder))
     if inside:

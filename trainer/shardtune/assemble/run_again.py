@@ -33,8 +33,8 @@ def finished(config: Config) -> list[str] | None:
     if is_longer(config.duration, then.duration) is not False:
         if steps_in(folder):
             return None
-        damaged = [path.name for path in _entries(folder / FOLDER) if DAMAGED.fullmatch(path.name)]
-        why = f"those that it had are damaged: {', '.join(sorted(damaged))}" if damaged else "it has none any more"
+        damaged = _damaged_in(folder)
+        why = f"those that it had are damaged: {', '.join(damaged)}" if damaged else "it has none any more"
         raise CheckpointError(
             f"{lines[0]}\nIt cannot go on for longer, as that takes a checkpoint: {why}. tuning.from and model.path "
             "begin another run with its result"
@@ -55,8 +55,7 @@ def to_resume(folder: Path, overrides: Sequence[str], ranks: int | None, gpus: i
     if not file.is_file():
         raise ConfigError(f"command line --run: {folder} is no run's folder (no config.yaml)")
     named = folder if folder.name not in ("", "..") else folder.resolve()
-    damaged = [path for path in _entries(folder / FOLDER) if DAMAGED.fullmatch(path.name)]
-    if not (steps_in(folder) or damaged or is_finished(folder)):
+    if not (steps_in(folder) or _damaged_in(folder) or is_finished(folder)):
         raise ConfigError(
             f"command line --run: {folder} has no checkpoint to go on from; begin anew with shardtune train --config "
             f"{file}"
@@ -72,6 +71,11 @@ def to_resume(folder: Path, overrides: Sequence[str], ranks: int | None, gpus: i
 def steps_in(folder: Path) -> list[int]:
     """The steps of the checkpoints that a run's folder has, whole by their names."""
     return sorted(step for path in _entries(folder / FOLDER) if (step := step_of(path)) is not None)
+
+
+def _damaged_in(folder: Path) -> list[str]:
+    """The names of the checkpoints of a run's folder that were set aside as damaged."""
+    return sorted(path.name for path in _entries(folder / FOLDER) if DAMAGED.fullmatch(path.name))
 
 
 def what_is_kept(config: Config) -> str:
