@@ -38,7 +38,7 @@ TORCH ?= torch==$(TORCH_VERSION)$(if $(filter 0,$(GPUS)),+cpu)
 BENCH_GPU := $(sort $(wildcard tests/bench/gpu_*.py))
 BENCH_CPU := $(sort $(filter-out $(BENCH_GPU) tests/bench/_%.py,$(wildcard tests/bench/*.py)))
 
-.PHONY: help setup quickstart test matrix grid methods chaos lint schema bench bench-gpu clean
+.PHONY: help setup quickstart test resources matrix grid methods chaos lint schema bench bench-gpu clean
 
 help:
 	@sed -n '1,/^$$/p' Makefile
@@ -78,6 +78,11 @@ quickstart: setup
 
 test: setup
 	PATH="$(BIN):$$PATH" $(BIN)/python -m pytest $(PYTEST_ARGS)
+	PATH="$(BIN):$$PATH" TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels $(PYTEST_ARGS)
+
+# What each kernel takes on each GPU, for the table that a test compares with; RESOURCES_ARGS: parts of names.
+resources: setup
+	$(BIN)/python tests/kernels/resources.py $(RESOURCES_ARGS)
 
 # Every strategy with every kind of model, on one and on two ranks, by every launcher; `test` runs a sample of it.
 matrix: setup

@@ -1,0 +1,56 @@
+"""How kernels are started: on a GPU, in Triton's interpreter, or not at all; and inside of torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+"""Kernels run on the CPU, one program after the other (TRITON_INTERPRET=1 when triton was first imported)."""
+Launch = TypeVar("Launch", bound=Callable[..., None])
+
+
+def on_triton(tensor: Tensor) -> bool:
+    """Whether ops on this tensor run as Triton kernels; else they are plain torch."""
+    return tensor.is_cuda or INTERPRETED
+
+
+def dot_type(dtype: torch.dtype) -> tl.dtype:
+    """What operands of `tl.dot` are cast to: their own dtype, but float32 for bfloat16 in the interpreter, which
+    multiplies bfloat16 wrongly. Products of bfloat16 numbers are exact in float32, so the sum is that of a GPU."""
+    names = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+    return tl.float32 if INTERPRETED and dtype == torch.bfloat16 else names[dtype]
+
+
+def writes(*outputs: str) -> Callable[[Launch], Launch]:
+    """Of a function that starts kernels which write into its arguments `outputs`, and returns None.
+
+    torch.compile takes the call for one opaque operation; without it, it is the function itself.
+    """
+
+    def wrap(function: Launch) -> Launch:
+        name = f"{function.__module__}.{function.__qualname__}".replace(".", "_")
+        opaque = torch.library.custom_op(f"shardtune_kernels::{name}", function, mutates_args=outputs)
+        opaque.register_fake(lambda *arguments, **named: None)
+
+        @wraps(function)
+        def start(*arguments: Any, **named: Any) -> None:
+            if torch.compiler.is_compiling():
+                opaque(*arguments, **named)
+            else:
+                function(*arguments, **named)
+
+        return start  # pyright: ignore[reportReturnType]
+
+    return wrap
+
+
+def power_of_two(size: int, at_least: int = 16, at_most: int = 1 << 30) -> int:
+    """The smallest power of two that holds `size`, within bounds: the width of a block."""
+    return max(at_least, min(at_most, triton.next_power_of_2(size)))

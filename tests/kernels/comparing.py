@@ -1,0 +1,100 @@
+"""An op beside its reference in float64: values and every gradient, as relative norms of what differs."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardtune_kernels._launch import INTERPRETED
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+FLOAT32_LIMIT = 1e-5
+WORSE = 1.5
+"""In 16 bits an op's error may be so many times that of the reference computed in the same dtype."""
+Outputs = Tensor | tuple[Tensor, ...]
+
+
+def seed_everything(seed: int) -> random.Random:
+    """Seeds torch, and a generator for shapes."""
+    torch.manual_seed(seed)
+    return random.Random(seed)
+
+
+def agree(
+    op: Callable[..., Outputs],
+    truth: Callable[..., Outputs],
+    tensors: Mapping[str, Tensor | None],
+    dtype: torch.dtype,
+    said: object = "",
+    dtypes: Mapping[str, torch.dtype] | None = None,
+    trained: Mapping[str, bool] | None = None,
+) -> None:
+    """Fails unless `op(**tensors)` in `dtype` is as near to `truth(**tensors)` in float64 as it should be.
+
+    `tensors`: float64, or integer ones that stay what they are; `dtypes`: of those that have another dtype than
+    `dtype`; `trained`: which floating ones need no gradient. Both functions get all by name. `said` is printed on
+    failure: shapes and seed.
+    """
+    rounded: dict[str, Tensor | None] = {}
+    for name, value in tensors.items():
+        if value is None or not value.is_floating_point():
+            rounded[name] = None if value is None else value.to(DEVICE)
+        else:
+            rounded[name] = value.to(DEVICE, (dtypes or {}).get(name, dtype))
+    needed = [
+        name for name, value in rounded.items()
+        if value is not None and value.is_floating_point() and (trained or {}).get(name, True)
+    ]  # fmt: skip
+    own = _run(op, rounded, needed, None)
+    exact = _run(truth, {n: v.double() if n in needed or _floats(v) else v for n, v in rounded.items()}, needed, None)
+    plain = _run(truth, rounded, needed, None) if dtype.itemsize < 4 else None
+    assert own.keys() == exact.keys(), (said, own.keys(), exact.keys())
+    for name, wanted in exact.items():
+        got = own[name]
+        assert got.shape == wanted.shape, f"{said}: {name} is {tuple(got.shape)}, not {tuple(wanted.shape)}"
+        off = distance(got, wanted)
+        limit = FLOAT32_LIMIT if plain is None else max(WORSE * distance(plain[name], wanted), FLOAT32_LIMIT)
+        assert off <= limit, f"{said}: {name} in {dtype} is off by {off:.3g}, allowed are {limit:.3g}"
+
+
+def distance(got: Tensor, wanted: Tensor) -> float:
+    """|got - wanted| / |wanted|, 2-norms; |got| where nothing but zeros is wanted."""
+    if wanted.numel() == 0:
+        return 0.0
+    norm = wanted.double().norm()
+    return float((got.double() - wanted.double()).norm() / (norm if norm > 0 else 1.0))
+
+
+def _floats(value: Tensor | None) -> bool:
+    return value is not None and value.is_floating_point()
+
+
+def _run(function: Callable[..., Outputs], given: Mapping[str, Any], needed: list[str], _: None) -> dict[str, Tensor]:
+    """Outputs and gradients by name; the gradients of the outputs are the same random numbers each time."""
+    leaves = {name: given[name].detach().clone().requires_grad_() for name in needed}
+    if given and any(not t.is_contiguous() for t in given.values() if isinstance(t, Tensor)):
+        leaves = {name: _like(given[name]).requires_grad_() for name in needed}
+    outputs = function(**{**given, **leaves})
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    found = {f"output {index}": output.detach() for index, output in enumerate(outputs)}
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.device, o.dtype) for o in outputs]
+    moving = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad]
+    if moving and leaves:
+        torch.autograd.backward([o for o, _ in moving], [g for _, g in moving])
+    for name, leaf in leaves.items():
+        found[f"gradient of {name}"] = leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
+    return found
+
+
+def _like(value: Tensor) -> Tensor:
+    """A copy with the same strides, so that what was not contiguous stays so."""
+    if value.is_contiguous():
+        return value.detach().clone()
+    copy = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    return copy.copy_(value.detach())
