@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 import triton
+import triton.knobs
 import triton.language as tl
 from torch import Tensor
 
@@ -53,4 +54,4 @@ def writes(*outputs: str) -> Callable[[Launch], Launch]:
 
 def power_of_two(size: int, at_least: int = 16, at_most: int = 1 << 30) -> int:
     """The smallest power of two that holds `size`, within bounds: the width of a block."""
-    return max(at_least, min(at_most, triton.next_power_of_2(size)))
+    return max(at_least, min(at_most, 1 << max(size - 1, 0).bit_length()))

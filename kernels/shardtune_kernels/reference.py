@@ -5,6 +5,7 @@ Tests and benchmarks compare with these; dropout is given as a mask of what is k
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -243,7 +244,7 @@ def biased_attention(
 
 def _pairs(offsets: Tensor) -> list[tuple[int, int]]:
     found = offsets.tolist()
-    return list(zip(found[:-1], found[1:], strict=True))
+    return list(itertools.pairwise(found))
 
 
 def pad(
