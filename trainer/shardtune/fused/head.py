@@ -97,9 +97,9 @@ def _forward(after: After, head: nn.Linear, original: Callable[..., Any], hidden
     learning = awaited()
     if learning is None or learning.labels.shape != hidden.shape[:-1]:
         return original(hidden)
-    learning.computed = True
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    return linear_cross_entropy(
+    learning.loss = linear_cross_entropy(
         hidden.to(dtype), head.weight, learning.labels, head.bias, IGNORED, after.soft_cap, scale=after.scale
     )
+    return 0.0 * learning.loss
