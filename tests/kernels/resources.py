@@ -45,8 +45,10 @@ def measure(build: Build, capability: int) -> dict[str, int]:
         build.kernel, {name: signature[name] for name in names}, {(names.index(k),): v for k, v in constants.items()},
         {(index,): [["tt.divisibility", 16]] for index in whole},
     )  # fmt: skip
-    options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
+    options = {"num_warps": build.num_warps, "num_stages": build.num_stages, **build.options}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    for name, value in build.options.items():
+        assert getattr(compiled.metadata, name) == value, f"{build.name}: {name} did not reach the compiler"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
