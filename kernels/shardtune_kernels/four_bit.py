@@ -5,6 +5,7 @@ Which way a product takes, the fused kernel or dequantization and torch's produc
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -106,18 +107,22 @@ class _FourBitLinear(Function):
     def forward(ctx: Any, x: Tensor, weight: FourBitWeight, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
         ctx.bias_dtype = None if bias is None else bias.dtype
-        y_mn = four_bit_product(x.reshape(-1, x.shape[-1]), weight, bias)
+        y_mn = four_bit_product(_rows(x), weight, bias)
         return y_mn.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         dx = dbias = None
-        dy_mn = dy.reshape(-1, dy.shape[-1])
+        dy_mn = _rows(dy)
         if ctx.needs_input_grad[0]:
             dx = four_bit_transposed_product(dy_mn, ctx.weight).view(*dy.shape[:-1], ctx.weight.shape[1])
         if ctx.needs_input_grad[2]:
             dbias = dy_mn.sum(0).to(ctx.bias_dtype)
         return dx, None, dbias
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _tensors(weight: FourBitWeight) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -134,6 +139,8 @@ def _multiplied(x: Tensor, weight: FourBitWeight, bias: Tensor | None, out: Tens
     out = x.new_empty(shape) if out is None else out
     if x.ndim != 2 or out.shape != shape or out.dtype != x.dtype or not out.is_contiguous():
         raise ValueError(f"a product of {list(x.shape)} goes to a contiguous {list(shape)}, not {list(out.shape)}")
+    if x.device != weight.packed.device:
+        raise ValueError(f"x is on {x.device}, the weight on {weight.packed.device}")
     x = x.detach() if x.shape[1] < 2 or x.stride(1) == 1 else x.detach().contiguous()
     bias = None if bias is None else bias.detach().contiguous()
     _multiply(x, bias, *_tensors(weight), out.detach(), *_numbers(weight), transposed)
