@@ -12,6 +12,7 @@ or switch calibration off.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -55,7 +56,7 @@ def choose(
     known = _known[kind].get(op, {}).get(key)
     if known in ways:
         return known
-    if torch.cuda.is_current_stream_capturing():
+    if _capturing():
         return first
     seconds = timed(list(ways.values()), device)
     if min(seconds) == math.inf:
@@ -126,6 +127,10 @@ def timed(ways: Sequence[Way], device: torch.device) -> list[float]:
     return [math.inf if math.inf in found else statistics.median(found) for found in times]
 
 
+def _capturing() -> bool:
+    return torch.cuda.is_current_stream_capturing()
+
+
 def _kind(device: torch.device) -> str:
     return torch.cuda.get_device_name(device)
 
@@ -145,18 +150,20 @@ def _read(file: Path) -> Answers:
 
 
 def _write(file: Path, answers: Answers) -> None:
-    """Adds to what other processes have written meanwhile, and puts the whole in place at once. Of two that write in
-    the same moment one may be lost, and is measured again by the next process."""
-    whole = _read(file)
-    for op, of_op in answers.items():
-        whole.setdefault(op, {}).update(of_op)
+    """Adds to what other processes have written, and puts the whole in place at once; a reader sees one or the other.
+    Where nothing can be written, the answers last as long as the process."""
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                json.dump(whole, stream, indent=1, sort_keys=True)
-            os.replace(temporary, file)
-        except OSError:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with open(file.with_suffix(".lock"), "w", encoding="utf-8") as lock:
+            with suppress(OSError):  # a file system without locks: an answer may be lost, and is measured again
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            whole = _read(file)
+            for op, of_op in answers.items():
+                whole.setdefault(op, {}).update(of_op)
+            handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
+            try:
+                with os.fdopen(handle, "w", encoding="utf-8") as stream:
+                    json.dump(whole, stream, indent=1, sort_keys=True)
+                os.replace(temporary, file)
+            except OSError:
+                Path(temporary).unlink(missing_ok=True)

@@ -37,9 +37,11 @@ def random_weight(
     return FourBitWeight(packed, absmax, shape, dtype, kind, block, outer, offset, nested_block)
 
 
-def some_weight(rng: random.Random, shape: tuple[int, int], dtype: torch.dtype, blocks: tuple[int, ...]) -> Any:
+def some_weight(
+    rng: random.Random, shape: tuple[int, int], dtype: torch.dtype, blocks: tuple[int, ...], aligned: bool = False
+) -> FourBitWeight:
     kind, block, nested = rng.choice(["nf4", "fp4"]), rng.choice(blocks), rng.choice([None, 16, 64, 256])
-    return random_weight(shape, dtype, kind, block, nested, rng.choice([0, 0, 1, 2, 4]))
+    return random_weight(shape, dtype, kind, block, nested, rng.choice([0, 4] if aligned else [0, 1, 2, 3]))
 
 
 def guarded(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -51,10 +53,10 @@ def guarded(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]
 
 def check_values(kernels: Any, seed: int) -> None:
     rng = seed_everything(seed)
-    # The first has whole programs and a part of one, the second half a byte at its end.
-    for shape in ((66, 128), (rng.randint(1, 9) * 2 + 1, rng.randint(1, 40) * 2 + 1)):
+    # Whole programs and a part of one; the same where words may not lie; half a byte at the end.
+    for aligned, shape in ((True, (66, 128)), (False, (40, 104)), (False, (rng.randint(1, 9) * 2 + 1, rng.randint(1, 40) * 2 + 1))):
         dtype = rng.choice(DTYPES)
-        weight = some_weight(rng, shape, dtype, (32, 64, 128, 4096))
+        weight = some_weight(rng, shape, dtype, (32, 64, 128, 4096), aligned)
         out, behind = guarded(shape, dtype)
         kernels.nf4_dequantize(weight, out=out)
         said = f"seed {seed}: {shape} {dtype} {weight.kind} {weight.block} {weight.nested_block}"
@@ -65,37 +67,36 @@ def check_values(kernels: Any, seed: int) -> None:
 def check_products(kernels: Any, seed: int, dtypes: Any = (torch.bfloat16,)) -> None:
     rng = seed_everything(seed)
     four_bit = __import__(f"{kernels.__name__}.four_bit", fromlist=["four_bit"])
-    # Sums that are split (k, and n), and not; columns that do and do not fit blocks.
-    for m, n, k in ((rng.randint(1, 40), rng.randint(65, 140), 576), (rng.randint(65, 80), 577, 64), (3, 20, 50)):
-        for dtype in dtypes:
-            weight = some_weight(rng, (n, k), rng.choice(DTYPES[1:]), (32, 64))
+    # Sums that are split (over k, over n), and columns that do not fit blocks.
+    for m, n, k in ((rng.randint(1, 40), rng.randint(65, 100), 576), (rng.randint(65, 80), 577, 64), (3, 20, 50)):
+        for dtype in dtypes if k == 50 else [d for d in dtypes if d.itemsize == 2]:
+            weight = some_weight(rng, (n, k), rng.choice(DTYPES[1:]), (64,) if k == 576 else (32, 64))
             x, bias = torch.randn(m, k, dtype=torch.float64), torch.randn(n, dtype=torch.float64)
-            given = {"x": x, "bias": bias if rng.random() < 0.7 else None}
+            given = {"x": x, "bias": bias if m < 65 else None}
             said = f"seed {seed}: {(m, n, k)} {weight.dtype} {weight.kind} {weight.block}"
             agree(
                 lambda x, bias, w=weight: kernels.four_bit_linear(x, w, bias),
                 lambda x, bias, w=weight: reference.lora_linear(x, LoraWeights(w, bias)), given, dtype, said,
             )  # fmt: skip
-            for product, own, size in (
-                (four_bit.four_bit_product, x, n), (four_bit.four_bit_transposed_product, torch.randn(m, n), k),
-            ):  # fmt: skip
-                out, behind = guarded((m, size), dtype)
-                product(own.to(DEVICE, dtype), weight, out=out)
-                assert bool((behind == 7).all()), f"{said}: wrote behind the end"
+        forward = k == 576
+        product = four_bit.four_bit_product if forward else four_bit.four_bit_transposed_product
+        out, behind = guarded((m, n if forward else k), torch.bfloat16)
+        product(torch.randn(m, k if forward else n, device=DEVICE).bfloat16(), weight, out=out)
+        assert bool((behind == 7).all()), f"{said}: wrote behind the end"
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(6))
 def test_values(seed: int) -> None:
     check_values(shardtune_kernels, seed)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_products_and_gradients(seed: int) -> None:
     check_products(shardtune_kernels, seed, DTYPES)
 
 
 def _broken(kernels: Any) -> None:
-    for seed in (1, 2, 3):
+    for seed in (1, 2):
         check_values(kernels, seed)
     check_products(kernels, 1)
 
