@@ -116,7 +116,8 @@ def _of_bytes(byte, scales, codes, ROWS: tl.constexpr, BYTES: tl.constexpr, VALU
 
 @triton.jit
 def product_kernel(
-    x, packed, absmax, nested_absmax, offset, codes, nested_codes, bias, out, m, n, x_stride, row_bytes, row_blocks, part,
+    x, packed, absmax, nested_absmax, offset, codes, nested_codes, bias, out,
+    m, n, x_stride, row_bytes, row_blocks, part,
     BLOCK: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, VALUE: tl.constexpr,
     X: tl.constexpr, DOT: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
@@ -147,7 +148,8 @@ def product_kernel(
 
 @triton.jit
 def transposed_product_kernel(
-    dy, packed, absmax, nested_absmax, offset, codes, nested_codes, out, m, n, k, dy_stride, row_bytes, row_blocks, part,
+    dy, packed, absmax, nested_absmax, offset, codes, nested_codes, out,
+    m, n, k, dy_stride, row_bytes, row_blocks, part,
     BLOCK: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr, VALUE: tl.constexpr,
     X: tl.constexpr, DOT: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
@@ -215,7 +217,8 @@ class Stored:
     def fits(self, x: Tensor) -> bool:
         """Whether the kernels that dequantize on the way can multiply x [m, ...] and W: blocks must not go over the
         ends of rows. 32-bit products are torch's, as tensor cores do not take them."""
-        return x.dtype.itemsize == 2 and 0 < len(x) <= FUSED_TOKENS and self.n > 0 and 0 < self.k and not self.k % self.block
+        filled = self.n > 0 and self.k > 0 and self.k % self.block == 0
+        return filled and x.dtype.itemsize == 2 and 0 < len(x) <= FUSED_TOKENS
 
     def product(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """out [m, n] = x Wᵀ + bias, x [m, k] with adjacent columns."""

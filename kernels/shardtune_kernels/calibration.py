@@ -21,6 +21,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -38,9 +39,7 @@ _known: dict[str, Answers] = {}
 _enabled = os.environ.get("SHARDTUNE_CALIBRATE", "1") != "0"
 
 
-def choose(
-    op: str, size: tuple[int, ...], dtype: torch.dtype, device: torch.device, ways: Mapping[str, Way]
-) -> str:
+def choose(op: str, size: tuple[int, ...], dtype: torch.dtype, device: torch.device, ways: Mapping[str, Way]) -> str:
     """The name of the fastest of `ways`, each of which may be run many times, and must do the whole work each time.
 
     Answers are kept by op, dtype and size; of a size the first number, the rows, is rounded up to a power of two, so
@@ -52,7 +51,7 @@ def choose(
     kind = _kind(device)
     if kind not in _known:
         _known[kind] = _read(path(kind))
-    key = f"{str(dtype).removeprefix('torch.')} {' x '.join(map(str, (power_of_two(size[0], 1), *size[1:])))}"
+    key = _key((power_of_two(size[0], 1), *size[1:]), dtype)
     known = _known[kind].get(op, {}).get(key)
     if known in ways:
         return known
@@ -131,6 +130,12 @@ def _capturing() -> bool:
     return torch.cuda.is_current_stream_capturing()
 
 
+@cache
+def _key(size: tuple[int, ...], dtype: torch.dtype) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {' x '.join(map(str, size))}"
+
+
+@cache
 def _kind(device: torch.device) -> str:
     return torch.cuda.get_device_name(device)
 

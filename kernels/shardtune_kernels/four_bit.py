@@ -9,13 +9,11 @@ import math
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd import Function
-from torch.nn import functional
 
-from shardtune_kernels import calibration
 from shardtune_kernels import _four_bit_kernels as kernels
+from shardtune_kernels import calibration
 from shardtune_kernels._builds import Build
 from shardtune_kernels._launch import on_triton, writes
 from shardtune_kernels.weights import FourBitWeight
@@ -68,7 +66,8 @@ def four_bit_product(
     """x Wᵀ + bias [m, n] in the dtype of x, without autograd: what ops are made of; `out` must be contiguous."""
     n, k = weight.shape
     if x_mk.shape[-1] != k or (bias is not None and bias.shape != (n,)):
-        raise ValueError(f"x {list(x_mk.shape)} and bias {bias if bias is None else list(bias.shape)} do not fit [{n}, {k}]")
+        said = "no bias" if bias is None else f"a bias {list(bias.shape)}"
+        raise ValueError(f"x {list(x_mk.shape)} and {said} do not fit a weight [{n}, {k}]")
     return _multiplied(x_mk, weight, bias, out, transposed=False)
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+import resources
 import torch
 from comparing import DEVICE, DTYPES, agree, seed_everything
 from mutants import Mutant, is_noticed, only_interpreted
 from torch import Tensor
 
 import shardtune_kernels
-from shardtune_kernels import reference
+from shardtune_kernels import four_bit, reference
+from shardtune_kernels._launch import INTERPRETED
 from shardtune_kernels.weights import FourBitWeight, LoraWeights
 
 WIDE = 4096
@@ -54,7 +57,8 @@ def guarded(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]
 def check_values(kernels: Any, seed: int) -> None:
     rng = seed_everything(seed)
     # Whole programs and a part of one; the same where words may not lie; half a byte at the end.
-    for aligned, shape in ((True, (66, 128)), (False, (40, 104)), (False, (rng.randint(1, 9) * 2 + 1, rng.randint(1, 40) * 2 + 1))):
+    odd = rng.randint(1, 9) * 2 + 1, rng.randint(1, 40) * 2 + 1
+    for aligned, shape in ((True, (66, 128)), (False, (40, 104)), (False, odd)):
         dtype = rng.choice(DTYPES)
         weight = some_weight(rng, shape, dtype, (32, 64, 128, 4096), aligned)
         out, behind = guarded(shape, dtype)
@@ -66,7 +70,7 @@ def check_values(kernels: Any, seed: int) -> None:
 
 def check_products(kernels: Any, seed: int, dtypes: Any = (torch.bfloat16,)) -> None:
     rng = seed_everything(seed)
-    four_bit = __import__(f"{kernels.__name__}.four_bit", fromlist=["four_bit"])
+    given_four_bit = importlib.import_module("shardtune_kernels.four_bit")  # of the package that is given, if broken
     # Sums that are split (over k, over n), and columns that do not fit blocks.
     for m, n, k in ((rng.randint(1, 40), rng.randint(65, 100), 576), (rng.randint(65, 80), 577, 64), (3, 20, 50)):
         for dtype in dtypes if k == 50 else [d for d in dtypes if d.itemsize == 2]:
@@ -79,7 +83,7 @@ def check_products(kernels: Any, seed: int, dtypes: Any = (torch.bfloat16,)) -> 
                 lambda x, bias, w=weight: reference.lora_linear(x, LoraWeights(w, bias)), given, dtype, said,
             )  # fmt: skip
         forward = k == 576
-        product = four_bit.four_bit_product if forward else four_bit.four_bit_transposed_product
+        product = given_four_bit.four_bit_product if forward else given_four_bit.four_bit_transposed_product
         out, behind = guarded((m, n if forward else k), torch.bfloat16)
         product(torch.randn(m, k if forward else n, device=DEVICE).bfloat16(), weight, out=out)
         assert bool((behind == 7).all()), f"{said}: wrote behind the end"
@@ -160,6 +164,18 @@ def test_values_are_those_of_bitsandbytes(seed: int) -> None:
         assert torch.equal(got, wanted.to(DEVICE)), f"seed {seed}: {(n, k)} {dtype} {kind} {block} nested {nested}"
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
+def test_no_multiplication_is_fused_with_the_addition_after_it() -> None:
+    """Else scales would be rounded once where bitsandbytes rounds twice."""
+    build = next(build for build in four_bit.BUILDS if build.name == "nf4_dequantize")
+    assert build.options["enable_fp_fusion"] is False
+    for capability in (80, 90):
+        assembly = resources.compiled(build, capability).asm["ptx"]
+        assert "mul.f32" in assembly or "mul.rn.f32" in assembly
+        assert "fma" not in assembly
+        assert "ftz" not in assembly
+
+
 def test_values_in_another_dtype_and_layout() -> None:
     seed_everything(0)
     weight = random_weight((13, 10), torch.bfloat16)
@@ -219,10 +235,9 @@ def test_bytes_may_be_gone_between_forward_and_backward() -> None:
 
 def test_only_what_needs_a_gradient_gets_one(monkeypatch: pytest.MonkeyPatch) -> None:
     seed_everything(3)
-    module = __import__("shardtune_kernels.four_bit", fromlist=["four_bit"])
     weight = random_weight((24, 64), torch.bfloat16)
     x, bias = torch.randn(3, 64, device=DEVICE).bfloat16(), torch.randn(24, device=DEVICE, requires_grad=True)
-    monkeypatch.setattr(module, "four_bit_transposed_product", None)
+    monkeypatch.setattr(four_bit, "four_bit_transposed_product", None)
     y = shardtune_kernels.four_bit_linear(x, weight, bias)
     assert not hasattr(y.grad_fn, "saved_tensors") or not y.grad_fn.saved_tensors
     y.sum().backward()
