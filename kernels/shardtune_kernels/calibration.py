@@ -46,7 +46,7 @@ def choose(op: str, size: tuple[int, ...], dtype: torch.dtype, device: torch.dev
     that ragged batches do not measure at each step.
     """
     first = next(iter(ways))
-    if torch.compiler.is_compiling() or not _enabled or INTERPRETED or device.type != "cuda":
+    if len(ways) == 1 or torch.compiler.is_compiling() or not _enabled or INTERPRETED or device.type != "cuda":
         return first
     kind = _kind(device)
     if kind not in _known:

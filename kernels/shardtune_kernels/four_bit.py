@@ -1,6 +1,7 @@
 """Frozen linear layers in four bits: dequantization, and products that dequantize on the way.
 
-Which way a product takes, the fused kernel or dequantization and torch's product, is measured: see `calibration.py`.
+Which way a product takes is measured, see `calibration.py`: the fused kernel, or dequantization and torch's product,
+at once or in parts.
 """
 
 from __future__ import annotations
@@ -200,27 +201,24 @@ def _multiply(
     if out.numel() == 0:
         return
 
-    def dequantize_first() -> None:
+    def dequantized() -> None:
         values = torch.empty((n, k), dtype=x.dtype, device=x.device)
         _dequantize(packed, absmax, nested_absmax, offset, values, n, k, dtype, kind, block, nested_block)
         if transposed:
             torch.mm(x, values, out=out)
-        elif bias is None:
-            torch.mm(x, values.T, out=out)
         else:
-            torch.addmm(bias.to(x.dtype), x, values.T, out=out)
+            kernels.multiply(x, values, bias, out)
 
     if not on_triton(x):
-        dequantize_first()
+        dequantized()
         return
     stored = kernels.Stored(packed, absmax, nested_absmax, offset, n, k, dtype, kind, block, nested_block)
-    if not stored.fits(x):
-        dequantize_first()
-        return
-    ways = {
-        "fused": lambda: stored.transposed_product(x, out) if transposed else stored.product(x, bias, out),
-        "dequantized": dequantize_first,
-    }
+    ways: dict[str, calibration.Way] = {}
+    if stored.fits(x):
+        ways["fused"] = lambda: stored.transposed_product(x, out) if transposed else stored.product(x, bias, out)
+    ways["dequantized"] = dequantized
+    if not transposed and len(stored.parts(x.dtype.itemsize)) > 1:
+        ways["dequantized in parts"] = lambda: stored.product_in_parts(x, bias, out)
     op = f"four_bit_{'transposed_' if transposed else ''}product of blocks of {block}"
     ways[calibration.choose(op, (len(x), n, k), x.dtype, x.device, ways)]()
 

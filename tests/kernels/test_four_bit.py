@@ -16,7 +16,7 @@ from mutants import Mutant, is_noticed, only_interpreted
 from torch import Tensor
 
 import shardtune_kernels
-from shardtune_kernels import four_bit, reference
+from shardtune_kernels import calibration, four_bit, reference
 from shardtune_kernels._launch import INTERPRETED
 from shardtune_kernels.weights import FourBitWeight, LoraWeights
 
@@ -97,6 +97,45 @@ def test_values(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(2))
 def test_products_and_gradients(seed: int) -> None:
     check_products(shardtune_kernels, seed, DTYPES)
+
+
+@only_interpreted
+@pytest.mark.parametrize("way", ["fused", "dequantized", "dequantized in parts"])
+@pytest.mark.parametrize("nested_block", [None, 16])
+def test_every_way(way: str, nested_block: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    seed_everything(5)
+    taken: list[list[str]] = []
+    monkeypatch.setattr(four_bit.kernels, "PART_BYTES", 1 << 13)
+    monkeypatch.setattr(four_bit.kernels, "ROWS_OF_TILES", 8)
+    monkeypatch.setattr(
+        calibration, "choose",
+        lambda op, size, dtype, device, ways: taken.append(list(ways)) or (way if way in ways else "dequantized"),
+    )  # fmt: skip
+    for n, k, bias in ((70, 128, None), (57, 128, torch.randn(57).double()), (70, 33, None)):
+        weight = random_weight((n, k), torch.bfloat16, nested_block=nested_block)
+        agree(
+            lambda x, bias, w=weight: four_bit.four_bit_linear(x, w, bias),
+            lambda x, bias, w=weight: reference.lora_linear(x, LoraWeights(w, bias)),
+            {"x": torch.randn(5, k).double(), "bias": bias}, torch.bfloat16, (way, n, k),
+        )  # fmt: skip
+    assert taken[0] == ["fused", "dequantized", "dequantized in parts"]
+    assert taken[1] == ["fused", "dequantized"]
+
+
+def test_parts_begin_where_blocks_do() -> None:
+    for shape, nested_block, wanted in (
+        ((14336, 4096), 256, 4), ((14336, 4096), None, 4), ((4096, 4096), 256, 1), ((128256, 4096), 256, 32),
+        ((14336, 4095), 256, 1), ((0, 4096), 256, 0), ((4096, 0), 256, 1),
+    ):  # fmt: skip
+        n, k = shape
+        empty = torch.empty(0)
+        outer = empty if nested_block else None
+        stored = four_bit.kernels.Stored(empty, empty, outer, None, n, k, torch.bfloat16, "nf4", 64, nested_block or 1)
+        parts = stored.parts(2)
+        assert len(parts) == wanted, shape
+        assert all(first * k % (64 * (nested_block or 1)) == 0 for first, _ in parts)
+        assert [first for first, _ in parts[1:]] == [last for _, last in parts[:-1]]
+        assert not parts or (parts[0][0], parts[-1][1]) == (0, n)
 
 
 def _broken(kernels: Any) -> None:
