@@ -192,6 +192,15 @@ def sum_kernel(parts, bias, out, count, n, SPLITS: tl.constexpr, HAS_BIAS: tl.co
     tl.store(out + index, total.to(out.dtype.element_ty), mask=inside)
 
 
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _start(kernel: Any, grid: tuple[int, ...], *given: Any, warps: int = 4, **constants: Any) -> None:
+    """Without fused multiply-adds, which would leave out a rounding."""
+    kernel[grid](*given, **constants, num_warps=warps, enable_fp_fusion=False)
+
+
 def multiply(x: Tensor, values: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out = x · valuesᵀ + bias, by torch."""
     if bias is None:
@@ -221,27 +230,27 @@ class Stored:
         if count == 0:
             return
         whole = count // VALUES if self.packed.data_ptr() % 4 == 0 else 0
-        dequantize_kernel[(triton.cdiv(count, VALUES),)](
-            *self.tensors, out, count, whole, **self.constants, LANES=LANES, num_warps=LANES // 32,
-            enable_fp_fusion=False,
+        _start(
+            dequantize_kernel, (_ceil(count, VALUES),),
+            *self.tensors, out, count, whole, **self.constants, LANES=LANES, warps=LANES // 32,
         )  # fmt: skip
 
     def parts(self, itemsize: int) -> list[tuple[int, int]]:
         """Equal ranges of rows whose dequantized values fit into a cache of the device together with a product's other
         operands, and which begin where blocks (nested ones, too) do; one range where that cannot be."""
-        count = triton.cdiv(self.n * self.k * itemsize, PART_BYTES)
+        count = _ceil(self.n * self.k * itemsize, PART_BYTES)
         nested = self.constants["NESTED_BLOCK"] if self.constants["NESTED"] else 1
         unit = math.lcm(math.lcm(self.block * nested, self.k) // self.k, ROWS_OF_TILES) if self.k else self.n
-        rows = triton.cdiv(triton.cdiv(self.n, max(count, 1)), unit) * unit
+        rows = _ceil(_ceil(self.n, max(count, 1)), unit) * unit
         return [(first, min(first + rows, self.n)) for first in range(0, self.n, max(rows, 1))]
 
     def of_rows(self, first: int, last: int) -> Stored:
         """A range of rows, one of `parts`."""
         values, nested = (first * self.k, last * self.k), self.constants["NESTED_BLOCK"]
-        blocks = values[0] // self.block, triton.cdiv(values[1], self.block)
+        blocks = values[0] // self.block, _ceil(values[1], self.block)
         packed, absmax, nested_absmax, offset, *_ = self.tensors
         if nested_absmax is not None:
-            nested_absmax = nested_absmax[blocks[0] // nested : triton.cdiv(blocks[1], nested)]
+            nested_absmax = nested_absmax[blocks[0] // nested : _ceil(blocks[1], nested)]
         return Stored(
             packed[values[0] // 2 : (values[1] + 1) // 2], absmax[slice(*blocks)], nested_absmax, offset, last - first,
             self.k, self.dtype, self.kind, self.block, nested,
@@ -268,14 +277,15 @@ class Stored:
         m, n, bytes_ = len(x), self.n, min(self.block // 2, 32)
         tile, warps = tile_of_product(m, n)
         tokens, rows = tile["TOKENS"], tile["ROWS"]
-        grid = triton.cdiv(n, rows), triton.cdiv(m, tokens)
+        grid = _ceil(n, rows), _ceil(m, tokens)
         splits = _splits(grid[0] * grid[1], self.k // 2 // bytes_, warps)
         parts = out if splits == 1 else out.new_empty((splits, m, n), dtype=torch.float32)
-        part = triton.cdiv(self.k // 2 // bytes_, splits) * bytes_
-        product_kernel[(*grid, splits)](
+        part = _ceil(self.k // 2 // bytes_, splits) * bytes_
+        _start(
+            product_kernel, (*grid, splits),
             x, *self.tensors, bias if splits == 1 else None, parts, m, n, x.stride(0), self.k // 2,
             self.k // self.block, part, **self.constants, HAS_BIAS=bias is not None and splits == 1, X=DTYPES[x.dtype],
-            DOT=dot_type(x.dtype), **tile, BYTES=bytes_, num_warps=warps, enable_fp_fusion=False,
+            DOT=dot_type(x.dtype), **tile, BYTES=bytes_, warps=warps,
         )  # fmt: skip
         if splits > 1:
             _add_up(parts, bias, out)
@@ -284,13 +294,14 @@ class Stored:
         """out [m, k] = dy W, dy [m, n] with adjacent columns."""
         m, n, k, bytes_ = len(dy), self.n, self.k, min(self.block // 2, 32)
         tokens, warps = power_of_two(m, 16, 64), 4
-        grid = k // (2 * bytes_), triton.cdiv(m, tokens)
-        splits = _splits(grid[0] * grid[1], triton.cdiv(n, STEP), warps)
+        grid = k // (2 * bytes_), _ceil(m, tokens)
+        splits = _splits(grid[0] * grid[1], _ceil(n, STEP), warps)
         parts = out if splits == 1 else out.new_empty((splits, m, k), dtype=torch.float32)
-        transposed_product_kernel[(*grid, splits)](
+        _start(
+            transposed_product_kernel, (*grid, splits),
             dy, *self.tensors, parts, m, n, k, dy.stride(0), k // 2, k // self.block,
-            triton.cdiv(triton.cdiv(n, STEP), splits) * STEP, **self.constants, X=DTYPES[dy.dtype],
-            DOT=dot_type(dy.dtype), ROWS=STEP, TOKENS=tokens, BYTES=bytes_, num_warps=warps, enable_fp_fusion=False,
+            _ceil(_ceil(n, STEP), splits) * STEP, **self.constants, X=DTYPES[dy.dtype],
+            DOT=dot_type(dy.dtype), ROWS=STEP, TOKENS=tokens, BYTES=bytes_, warps=warps,
         )  # fmt: skip
         if splits > 1:
             _add_up(parts, None, out)
@@ -313,6 +324,7 @@ def _splits(tiles: int, steps: int, warps: int) -> int:
 
 
 def _add_up(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    sum_kernel[(triton.cdiv(out.numel(), 1024),)](
+    _start(
+        sum_kernel, (_ceil(out.numel(), 1024),),
         parts, bias, out, out.numel(), out.shape[1], SPLITS=len(parts), HAS_BIAS=bias is not None, SIZE=1024,
     )  # fmt: skip

@@ -53,7 +53,7 @@ def choose(op: str, size: tuple[int, ...], dtype: torch.dtype, device: torch.dev
         _known[kind] = _read(path(kind))
     key = _key((power_of_two(size[0], 1), *size[1:]), dtype)
     known = _known[kind].get(op, {}).get(key)
-    if known in ways:
+    if known is not None and known in ways:
         return known
     if _capturing():
         return first

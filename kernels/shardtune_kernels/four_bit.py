@@ -111,7 +111,8 @@ class _FourBitLinear(Function):
         return y_mn.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        (dy,) = gradients
         dx = dbias = None
         dy_mn = _rows(dy)
         if ctx.needs_input_grad[0]:
@@ -258,6 +259,6 @@ BUILDS = [
     Build(
         "four_bit_linear sum of parts", kernels.sum_kernel,
         {"parts": "*fp32", "bias": "*{dtype}", "out": "*{dtype}", "count": "i32", "n": "i32"},
-        {"SPLITS": 8, "HAS_BIAS": True, "SIZE": 1024}, aligned=("count", "n"),
+        {"SPLITS": 8, "HAS_BIAS": True, "SIZE": 1024}, aligned=("count", "n"), options=_UNFUSED,
     ),
 ]  # fmt: skip
