@@ -54,13 +54,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         architecture.mkdir(exist_ok=True)
         (architecture / "config.json").write_text(json.dumps(ARCHITECTURES[model]))
         packed = (len(model) + len(tuning) + len(kind)) % 2 == 0  # some of them padded, some packed
-        task = {**tiny.TASKS[TASKS[model]], "max_source_tokens": 12, "max_target_tokens": 5}
         return run_many.config(
-            made, f"{model}-{tuning}-{kind}-{fused}", architecture, TASKS[model], seed=seed, task=task,
+            made, f"{model}-{tuning}-{kind}-{fused}", architecture, TASKS[model], seed=seed, task__max_source_tokens=12, task__max_target_tokens=5,
             model__weights="random", model__tokenizer="train:400", data__validation=None, data__splits=[1.0, 0.0, 0.0],
             data__batching="packed" if packed else "padded", batch={"examples": 4, "micro_examples": 2},
             tuning=TUNINGS[tuning], strategy__kind=kind, duration__steps=STEPS[kind], kernels__fused=fused,
-            checkpoint={"every": 1000}, optimizer__lr=1e-2, optimizer__eps=1e-4,
+            checkpoint={"every": 1000}, optimizer__lr=3e-3, optimizer__eps=1e-4, optimizer__schedule="constant",
         )  # fmt: skip
 
     off = [config(model, tuning, "single", "off") for model in ARCHITECTURES for tuning in TUNINGS]
