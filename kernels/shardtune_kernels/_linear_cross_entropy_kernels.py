@@ -47,7 +47,7 @@ def _loss_kernel(
     row = logits + number.to(tl.int64) * stride
     target = tl.load(targets + number)
     # Read before anything is overwritten: the reductions below make all threads wait.
-    z_target, unused = _logits_at(row, bias, target, target < classes, scale, soft_cap, HAS_BIAS, CAPPED)
+    z_target, _of_target = _logits_at(row, bias, target, target < classes, scale, soft_cap, HAS_BIAS, CAPPED)
     highest = tl.full((), float("-inf"), tl.float32)
     total = tl.full((), 0.0, tl.float32)
     plain_sum = tl.full((), 0.0, tl.float32)

@@ -19,8 +19,8 @@ from shardtune_kernels._launch import on_triton, writes
 BUILDS = kernels.BUILDS
 GPU_BYTES = 290_000_000
 """Of temporaries: 1024 rows of 128,256 classes and width 4096 in 16 bits, with their hidden states and gradients."""
-CPU_BYTES = 64_000_000
-"""On a CPU smaller chunks stay nearer."""
+CPU_BYTES = 128_000_000
+"""On a CPU, where the logits of a chunk stand beside their softmax."""
 HALF_ROWS = 1 << 16
 """Up to so many rows a sum in float16 has digits to spare (`WeightGradient`)."""
 
@@ -44,13 +44,14 @@ def linear_cross_entropy(
     mean over all classes of -log softmax(z) (Szegedy et al. 2016, arXiv:1512.00567, section 7). The softmax of a row
     is summed online (Milakov & Gimelshein 2018, arXiv:1805.02867).
 
-    Products are computed in the dtype of hidden, to which weight is cast as a whole if it has another one; the
-    gradients have the dtypes of what they belong to. The logits never exist at once: rows go in chunks, whose
-    temporaries stay below `chunk_bytes` (0.29 GB on a GPU), beside a float32 sum of the weight's gradient where
-    neither that gradient itself nor its 16 bits as float16 can hold the sum (a trained weight in float16). Rows with
-    ignored targets cost nothing. Gradients are made in this forward pass, only those that are needed: the backward
-    pass scales them in place, so it can run once; `weight` is not kept for it. Where all targets are ignored the loss
-    is 0, with gradients of zeros.
+    Products are computed in the dtype of hidden, whatever autocast says; weight is cast to it as a whole if it has
+    another one. The gradients have the dtypes of what they belong to, and only those that are needed are made: in
+    this forward pass. The backward pass scales them in place, so it can run once, and needs no `weight`.
+
+    The logits never exist at once: rows go in chunks whose temporaries stay below `chunk_bytes` (0.29 GB on a GPU).
+    Beside them stands a float32 sum of the weight's gradient where that gradient's own memory cannot hold the sum: a
+    trained weight in float16, or not in the dtype of hidden, or, on a CPU, in 16 bits. Rows with ignored targets cost
+    nothing. Where all are ignored, the loss is 0 and the gradients are zeros.
 
     On a GPU the CPU waits once for the targets, unless they lie on the CPU. Raises ValueError for shapes that do not
     fit, and for targets that are no class.
@@ -200,10 +201,12 @@ def _loss_and_gradients(
         part = slice(begin, min(begin + rows, kept))
         h = hidden[part] if picked is None else hidden.index_select(0, picked[part])
         d_logits = work.of(h, targets[part], losses[part])
-        if d_hidden is not None and picked is None:
-            torch.mm(d_logits.to(weight.dtype), weight, out=d_hidden[part])
-        elif d_hidden is not None and picked is not None:
-            d_hidden.index_copy_(0, picked[part], torch.mm(d_logits.to(weight.dtype), weight))
+        if d_hidden is not None:
+            direct = picked is None
+            d_rows = d_hidden[part] if direct else torch.empty(len(h), h.shape[1], dtype=h.dtype, device=h.device)
+            torch.mm(d_logits.to(weight.dtype), weight, out=d_rows)
+            if picked is not None:
+                d_hidden.index_copy_(0, picked[part], d_rows)
         if d_bias is not None:
             d_bias += d_logits.sum(0, dtype=wide)
         if head is not None:
