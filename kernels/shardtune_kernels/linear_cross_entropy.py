@@ -145,6 +145,7 @@ def _multiply(values: Tensor, factor: Tensor, held_in_half: bool) -> None:
     """values *= factor in place, multiplied in float32; `held_in_half`: their 16 bits are those of float16 before."""
     if _fused(values):
         kernels.start_rescale(values.view(torch.float16) if held_in_half else values, values, factor)
+        torch.autograd.graph.increment_version(values)  # so that a second backward pass is refused
     elif float(factor) != 1.0:
         values.mul_(float(factor))
 
