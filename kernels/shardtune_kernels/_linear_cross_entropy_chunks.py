@@ -54,7 +54,7 @@ class FusedLoss(Loss):
         classes = len(self._weight)
         pitch = math.ceil(classes / PITCH) * PITCH
         memory = torch.empty(rows, pitch, dtype=dtype, device=self._weight.device)
-        memory[:, classes:].zero_()  # is scaled with the rest
+        memory[:, classes:].zero_()  # the kernels work on it, too
         return memory
 
     def of(self, hidden: Tensor, targets: Tensor, losses: Tensor) -> Tensor:

@@ -24,9 +24,11 @@ def _tanh(x):
 
 
 @triton.jit
-def _logits_at(row, bias, columns, inside, scale, soft_cap, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr):
+def _logits_at(row, bias, columns, classes, stride, scale, soft_cap, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr):
     """float32: the logits of a block as the loss sees them, -inf beyond the last; and tanh, where they are capped."""
-    z = tl.load(row + columns, mask=inside, other=0.0).to(tl.float32) * scale
+    # Up to the stride, a multiple of 16: so loads are whole for any number of classes.
+    z = tl.load(row + columns, mask=columns < stride, other=0.0).to(tl.float32) * scale
+    inside = columns < classes
     if HAS_BIAS:
         z += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
     turned = z
@@ -47,19 +49,20 @@ def _loss_kernel(
     row = logits + number.to(tl.int64) * stride
     target = tl.load(targets + number)
     # Read before anything is overwritten: the reductions below make all threads wait.
-    z_target, _of_target = _logits_at(row, bias, target, target < classes, scale, soft_cap, HAS_BIAS, CAPPED)
+    z_target, _of_target = _logits_at(  # pyright: ignore[reportGeneralTypeIssues]
+        row, bias, target, classes, stride, scale, soft_cap, HAS_BIAS, CAPPED
+    )
     highest = tl.full((), float("-inf"), tl.float32)
     total = tl.full((), 0.0, tl.float32)
     plain_sum = tl.full((), 0.0, tl.float32)
     for start in range(0, classes, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        inside = columns < classes
-        z, turned = _logits_at(row, bias, columns, inside, scale, soft_cap, HAS_BIAS, CAPPED)
+        z, turned = _logits_at(row, bias, columns, classes, stride, scale, soft_cap, HAS_BIAS, CAPPED)
         higher = tl.maximum(highest, tl.max(z, axis=0))
         total = total * tl.exp(highest - higher) + tl.sum(tl.exp(z - higher), axis=0)
         highest = higher
         if SMOOTHED:
-            plain_sum += tl.sum(tl.where(inside, z, 0.0), axis=0)
+            plain_sum += tl.sum(tl.where(columns < classes, z, 0.0), axis=0)
     loss = (highest - z_target) + tl.log(total)
     if SMOOTHED:
         loss += smoothing * (z_target - plain_sum / classes)
@@ -69,8 +72,7 @@ def _loss_kernel(
         blocks = tl.cdiv(classes, BLOCK)
         for index in range(blocks):
             columns = (blocks - 1 - index) * BLOCK + tl.arange(0, BLOCK)
-            inside = columns < classes
-            z, turned = _logits_at(row, bias, columns, inside, scale, soft_cap, HAS_BIAS, CAPPED)
+            z, turned = _logits_at(row, bias, columns, classes, stride, scale, soft_cap, HAS_BIAS, CAPPED)
             gradient = tl.exp(z - highest) / total
             if SMOOTHED:
                 gradient -= smoothing / classes
@@ -79,7 +81,7 @@ def _loss_kernel(
                 gradient -= tl.where(columns == target, 1.0, 0.0)
             if CAPPED:
                 gradient *= 1.0 - turned * turned
-            tl.store(row + columns, gradient.to(row.dtype.element_ty), mask=inside)
+            tl.store(row + columns, gradient.to(row.dtype.element_ty), mask=columns < stride)
 
 
 @triton.jit
@@ -103,7 +105,10 @@ def start_loss(
     scale: float,
     gradient: bool,
 ) -> None:
-    """logits [m, v], products hidden Wᵀ, become their gradient if `gradient`; losses float32 [m]."""
+    """logits [m, v], products hidden Wᵀ, become their gradient if `gradient`; losses float32 [m].
+
+    What lies between the v logits of a row and the next row must be finite and is overwritten.
+    """
     rows, classes = logits.shape
     if rows == 0:
         return
@@ -112,7 +117,7 @@ def start_loss(
         logits, targets, losses if bias is None else bias, losses, classes, logits.stride(0), scale,
         1.0 if soft_cap is None else soft_cap, smoothing,
         HAS_BIAS=bias is not None, CAPPED=soft_cap is not None, SMOOTHED=smoothing != 0.0, GRADIENT=gradient,
-        BLOCK=block, num_warps=max(1, block // 512),
+        BLOCK=block, num_warps=max(1, block // 512),  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
 
 
@@ -122,7 +127,7 @@ def start_rescale(source: Tensor, out: Tensor, factor: Tensor) -> None:
     if count:
         _rescale_kernel[(triton.cdiv(count, RESCALED),)](
             source, out, factor, count, SAME=source.dtype == out.dtype and source.data_ptr() == out.data_ptr(),
-            BLOCK=RESCALED, num_warps=4,
+            BLOCK=RESCALED, num_warps=4,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
 
 
@@ -132,7 +137,7 @@ def _loss_build(name: str, plain: bool, gradient: bool) -> Build:
         {"logits": "*{dtype}", "targets": "*i64", "bias": "*{dtype}", "losses": "*fp32", "classes": "i32",
          "stride": "i32", "scale": "fp32", "soft_cap": "fp32", "smoothing": "fp32"},
         {"HAS_BIAS": not plain, "CAPPED": not plain, "SMOOTHED": not plain, "GRADIENT": gradient, "BLOCK": BLOCK},
-        num_warps=BLOCK // 512, aligned=("classes", "stride"),
+        num_warps=BLOCK // 512, aligned=("stride",),
     )  # fmt: skip
 
 

@@ -59,7 +59,7 @@ def linear_cross_entropy(
     width = _checked(hidden, weight, targets, bias, soft_cap, label_smoothing)
     recorded = torch.is_grad_enabled()
     fused = _fused(hidden)
-    rows = hidden.reshape(-1, width)
+    rows = hidden.reshape(targets.numel(), width)
     settings = _Settings(
         ignore_index, soft_cap, label_smoothing, scale, chunk_bytes or (GPU_BYTES if fused else CPU_BYTES),
         *(recorded and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)),
@@ -156,6 +156,7 @@ def _sums_in_half(hidden: Tensor, weight: Tensor, chunk_bytes: int) -> bool:
     return (
         _fused(hidden)
         and hidden.dtype == weight.dtype == torch.bfloat16
+        and weight.numel() > 0
         and chunks.rows_of_a_chunk(rows, weight, hidden.dtype, chunk_bytes, True) < rows <= HALF_ROWS
     )
 

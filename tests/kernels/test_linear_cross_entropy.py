@@ -173,6 +173,28 @@ def test_mixed_dtypes() -> None:
         torch.testing.assert_close(made[name].grad, wanted[name].grad.to(made[name].dtype), rtol=1e-2, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", comparing.DTYPES)
+def test_no_width(dtype: torch.dtype) -> None:
+    """The bias alone makes the logits."""
+    agree(*sides(shardtune_kernels, chunk_bytes=1), tensors_of(5, 0, 4, False, 0.0), dtype)
+    agree(*sides(shardtune_kernels, chunk_bytes=1), tensors_of(5, 0, 4, True, 0.0), torch.float32)
+
+
+def test_autocast_changes_nothing() -> None:
+    seed_everything(10)
+    tensors = tensors_of(12, 5, 30, True, 0.3)
+    given = {n: v.to(DEVICE, torch.float32) if v.is_floating_point() else v.to(DEVICE) for n, v in tensors.items()}
+    found = []
+    for enabled in (False, True):
+        leaves = {n: v.clone().requires_grad_() if v.is_floating_point() else v for n, v in given.items()}
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=enabled):
+            loss = linear_cross_entropy(**leaves, chunk_bytes=bytes_of(3, 5, 30, torch.float32))
+        loss.backward()
+        found.append([loss, *(leaves[n].grad for n in ("hidden", "weight", "bias"))])
+    for own, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(own, wanted, rtol=0, atol=0)
+
+
 def test_float64_stays_float64() -> None:
     seed_everything(5)
     tensors = tensors_of(5, 4, 7, True, 0.2)
@@ -302,7 +324,7 @@ MUTANTS = [
            "columns = start + 1 + tl.arange(0, BLOCK)"),
     Mutant("a block is skipped on the way back", KERNELS, "(blocks - 1 - index) * BLOCK", "(blocks - index) * BLOCK"),
     Mutant("the sum is not rescaled", KERNELS, "total * tl.exp(highest - higher)", "total"),
-    Mutant("the next row is overwritten", KERNELS, "gradient.to(row.dtype.element_ty), mask=inside)",
+    Mutant("the next row is overwritten", KERNELS, "gradient.to(row.dtype.element_ty), mask=columns < stride)",
            "gradient.to(row.dtype.element_ty))"),
     Mutant("another row's target", KERNELS, "target = tl.load(targets + number)", "target = tl.load(targets)"),
     Mutant("smoothing is not subtracted", KERNELS, "gradient -= smoothing / classes", "gradient += 0.0"),
