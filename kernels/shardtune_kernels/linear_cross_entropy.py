@@ -50,8 +50,8 @@ def linear_cross_entropy(
 
     The logits never exist at once: rows go in chunks whose temporaries stay below `chunk_bytes` (0.29 GB on a GPU).
     Beside them stands a float32 sum of the weight's gradient where that gradient's own memory cannot hold the sum: a
-    trained weight in float16, or not in the dtype of hidden, or, on a CPU, in 16 bits. Rows with ignored targets cost
-    nothing. Where all are ignored, the loss is 0 and the gradients are zeros.
+    trained weight in float16, in 16 bits other than those of hidden, or, in plain torch, in any 16 bits. Rows with
+    ignored targets cost nothing. Where all are ignored, the loss is 0 and the gradients are zeros.
 
     On a GPU the CPU waits once for the targets, unless they lie on the CPU. Raises ValueError for shapes that do not
     fit, and for targets that are no class.
