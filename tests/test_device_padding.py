@@ -77,12 +77,15 @@ def test_one_copy_and_one_launch_a_stream(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_same_run(model: str, overrides: dict[str, Any], tmp_path: Path) -> None:
     """With kernels, and with padding on the host: the same metrics, but for times."""
     found = []
+    judged = {"examples": 2, "max_new_tokens": 2, "baseline": False}
     for fused in ("auto", "off"):
-        path = tiny.tiny_config(tmp_path, model, name=fused, kernels={"fused": fused}, duration__steps=3, **overrides)
-        done = launching.run(
-            launching.command("python", 1, "--config", path), tmp_path / "cache", variables=INTERPRETED
+        path = tiny.tiny_config(
+            tmp_path, model, name=fused, kernels={"fused": fused}, duration__steps=2, evaluation=judged, **overrides
         )
+        words = launching.command("python", 1, "--config", path)
+        done = launching.run(words, tmp_path / "cache", imports=True, variables=INTERPRETED)
         assert done.code == 0, done.said
+        assert ("shardtune_kernels._padding_kernels" in done.modules) == (fused == "auto")
         lines = (tmp_path / "runs" / fused / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         found.append(
             [
@@ -90,6 +93,6 @@ def test_the_same_run(model: str, overrides: dict[str, Any], tmp_path: Path) -> 
                 for line in lines
             ]
         )
-    assert len(found[0]) > 3
+    assert len(found[0]) > 2
     assert "loss" in found[0][0]
     assert found[0] == found[1]
