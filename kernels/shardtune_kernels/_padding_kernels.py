@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,7 +16,7 @@ BLOCK = 256
 TILE = 2048
 """Entries of a program of `unpad`."""
 # Lengths vary from call to call, and so does how pointers into one buffer are aligned: that compiles nothing anew.
-_jit = triton.jit(
+_jit: Any = triton.jit(
     do_not_specialize=["width", "total", "rows", "fill", "start", "ignore_index", "steps", "size"],
     do_not_specialize_on_alignment=["tokens", "offsets", "learned_from"],
 )

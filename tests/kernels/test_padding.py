@@ -113,6 +113,7 @@ def check_unpad_gradient(kernels: Any, seed: int) -> None:
         leaf = rows.requires_grad_()
         kernels.unpad(leaf, offsets, sum(lengths), left).backward(gradient)
         said = f"seed {seed}, lengths {lengths}, rows {list(rows.shape)}, {dtype}, left {left}"
+        assert leaf.grad is not None
         assert torch.equal(leaf.grad, truth), said
 
 

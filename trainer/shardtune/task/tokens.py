@@ -79,11 +79,16 @@ def stream(
 ) -> Stream:
     """These rows, to be padded to the longest of them or packed."""
     lengths = [len(row) for row in rows]
-    offsets = np.cumsum([0, *lengths], dtype=np.int32)
-    first = np.zeros(len(rows), np.int32) if learned_from is None else np.array(learned_from, np.int32)
-    tokens = np.concatenate(rows).astype(np.int32, copy=False)
-    arrays = (torch.from_numpy(array) for array in (tokens, offsets, first))
-    return Stream(*arrays, None if packed else max(lengths), fill, start, names, labels)
+    return Stream(
+        tokens=torch.from_numpy(np.concatenate(rows).astype(np.int32, copy=False)),
+        offsets=torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
+        learned_from=torch.tensor([0] * len(rows) if learned_from is None else learned_from, dtype=torch.int32),
+        width=None if packed else max(lengths),
+        fill=fill,
+        start=start,
+        names=names,
+        labels=labels,
+    )
 
 
 def learned_places(given: Stream) -> NDArray[np.int64]:
