@@ -18,6 +18,16 @@ from shardtune.assemble.device_padding import device_padding
 
 SEEDS = [random.SystemRandom().randrange(2**31) for _ in range(5)]
 INTERPRETED = {"TRITON_INTERPRET": "1"}
+COUNTING = """
+import atexit, runpy, sys
+from shardtune.assemble import device_padding
+calls, plain = [], device_padding.lay_out_on_device
+device_padding.lay_out_on_device = lambda stream: calls.append(stream) or plain(stream)
+atexit.register(lambda: print("laid out", len(calls)))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""A script that says in the end how many streams it laid out on the device."""
 TIMES = ("seconds", "per_second", "time", "memory")
 
 
@@ -78,15 +88,15 @@ def test_the_same_run(model: str, overrides: dict[str, Any], tmp_path: Path) -> 
     """With kernels, and with padding on the host: the same metrics, but for times."""
     found = []
     judged = {"examples": 2, "max_new_tokens": 2, "baseline": False}
-    for fused in ("auto", "off"):
+    for name, fused in (("device", ["padding"]), ("host", "off")):
         path = tiny.tiny_config(
-            tmp_path, model, name=fused, kernels={"fused": fused}, duration__steps=2, evaluation=judged, **overrides
+            tmp_path, model, name=name, kernels={"fused": fused}, duration__steps=2, evaluation=judged, **overrides
         )
-        words = launching.command("python", 1, "--config", path)
-        done = launching.run(words, tmp_path / "cache", imports=True, variables=INTERPRETED)
+        python, *words = launching.command("python", 1, "--config", path)
+        done = launching.run([python, "-c", COUNTING, *words], tmp_path / "cache", variables=INTERPRETED)
         assert done.code == 0, done.said
-        assert ("shardtune_kernels._padding_kernels" in done.modules) == (fused == "auto")
-        lines = (tmp_path / "runs" / fused / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        assert ("laid out 0" in done.out) == (name == "host"), done.said
+        lines = (tmp_path / "runs" / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         found.append(
             [
                 {key: value for key, value in json.loads(line).items() if not any(part in key for part in TIMES)}

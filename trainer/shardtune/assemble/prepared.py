@@ -74,7 +74,8 @@ def prepare(config: Config, world: World, corpus: Corpus | None, result: Path | 
     check_positions(config, architecture)
     if is_chat(config.task) and result is None:  # a result's tokenizer has the template
         set_template(tokenizer, getattr(config.task, "template", None))
-    lay_out = device_padding(world.device) if config.kernels.fused == "auto" else None
+    fused = config.kernels.fused
+    lay_out = device_padding(world.device) if fused == "auto" or "padding" in fused else None
     task = make_task(config.task, config.model.path, tokenizer, architecture, labels, lay_out)
     folders = world.first_does("tables", lambda: _tokenize(config, task, tokenizer, labels, corpus))
     counts = world.first_does(
