@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # so that reading and checking data does not wait for torch
 
     from shardtune.documents import Documents
     from shardtune.quantization import Quantization
+    from shardtune.ragged import Ragged
     from shardtune.world import World
 
 IGNORED = -100
@@ -89,21 +90,29 @@ class Batch:
     """Source and target positions computed on, padding included."""
     documents: Documents | None = None
     """Where each example lies in a packed batch; None if every row is one example."""
+    ragged: Ragged | None = None
+    """What `to` makes inputs of, and labels unless there are some: till then they are not there."""
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`."""
+        """The same batch on `device`, complete."""
         inputs = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
         documents = self.documents.to(device) if self.documents is not None else None
-        return replace(self, inputs=inputs, labels=self.labels.to(device, non_blocking=True), documents=documents)
+        made, labels = self.ragged.laid_out(device) if self.ragged is not None else ({}, None)
+        if labels is None:
+            labels = self.labels.to(device, non_blocking=True)
+        return replace(self, inputs=made | inputs, labels=labels, documents=documents, ragged=None)
 
     def pin(self) -> Batch:
         """The same batch in memory from which a GPU copies while it computes."""
         inputs = {name: value.pin_memory() for name, value in self.inputs.items()}
-        return replace(self, inputs=inputs, labels=self.labels.pin_memory())
+        ragged = self.ragged.pin() if self.ragged is not None else None
+        return replace(self, inputs=inputs, labels=self.labels.pin_memory(), ragged=ragged)
 
     def blank(self) -> Batch:
         """The same shapes with nothing to learn: for a rank that has no examples while others compute."""
-        return replace(self, labels=self.labels.new_full(self.labels.shape, IGNORED), tokens=0, targets=0)
+        labels = self.labels.new_full(self.labels.shape, IGNORED)
+        ragged = self.ragged.blank() if self.ragged is not None else None
+        return replace(self, labels=labels, tokens=0, targets=0, ragged=ragged)
 
 
 class Generation(NamedTuple):

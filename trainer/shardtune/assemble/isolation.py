@@ -28,10 +28,10 @@ def check_isolation(
     first, other, second = (_example(vocabulary, *drawn) for drawn in ((5, SOURCE), (11, SOURCE), (7, SOURCE - 1)))
 
     def loss(before: list[Tokens]) -> float:
-        batch = task.collate([*before, second], packed=bool(before))
+        batch = task.collate([*before, second], packed=bool(before)).to(device)
         labels = batch.labels.clone()
         labels[:, : sum(len(example.target) for example in before)] = IGNORED
-        return float(task.loss_sum(model, replace(batch, labels=labels).to(device)))
+        return float(task.loss_sum(model, replace(batch, labels=labels)))
 
     with strategy.evaluating() as model:
         behind, behind_other, alone = loss([first]), loss([other]), loss([])

@@ -28,6 +28,7 @@ from shardtune.model.skeleton import keeps_logits
 from shardtune.model.tokenizer import decoder_start
 from shardtune.optimizer_config import PagedAdamw8bitConfig, PagedAdamwConfig
 from shardtune.protocols import Batching, Budget, Strategy, Task
+from shardtune.ragged import LayOut
 from shardtune.strategy.disk import check_disk
 from shardtune.strategy.replicated import Replicated
 from shardtune.strategy.zero import Zero
@@ -48,18 +49,22 @@ USABLE_SHARE = 0.7
 
 
 def make_task(
-    config: TaskConfig, path: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedConfig, labels: Sequence[str]
+    config: TaskConfig,
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedConfig,
+    labels: Sequence[str],
+    lay_out: LayOut | None = None,
 ) -> Task:
-    """The task of `task.kind`."""
+    """The task of `task.kind`; `lay_out`: how its batches are padded and packed on a device, see `device_padding`."""
     if isinstance(config, ClassificationConfig):
-        return Classification(tokenizer, config.max_source_tokens, labels)
+        return Classification(tokenizer, config.max_source_tokens, labels, lay_out)
     if is_chat(config):
-        return Chat(tokenizer, config.max_source_tokens, keeps_logits(model))
+        return Chat(tokenizer, config.max_source_tokens, keeps_logits(model), lay_out)
+    limits = config.max_source_tokens, config.max_target_tokens
     if isinstance(config, CausalConfig):
-        whole_text = config.text is not None
-        return Causal(tokenizer, config.max_source_tokens, config.max_target_tokens, whole_text, keeps_logits(model))
-    start = decoder_start(model, path)
-    return Seq2Seq(tokenizer, config.max_source_tokens, config.max_target_tokens, start)
+        return Causal(tokenizer, *limits, config.text is not None, keeps_logits(model), lay_out)
+    return Seq2Seq(tokenizer, *limits, decoder_start(model, path), lay_out)
 
 
 def of_tasks(config: Config, task: Task) -> Task:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from shardtune.assemble.device_padding import device_padding
 from shardtune.assemble.parts import (
     is_chat,
     make_task,
@@ -73,7 +74,9 @@ def prepare(config: Config, world: World, corpus: Corpus | None, result: Path | 
     check_positions(config, architecture)
     if is_chat(config.task) and result is None:  # a result's tokenizer has the template
         set_template(tokenizer, getattr(config.task, "template", None))
-    task = make_task(config.task, config.model.path, tokenizer, architecture, labels)
+    fused = config.kernels.fused
+    lay_out = device_padding(world.device) if fused == "auto" or "padding" in fused else None
+    task = make_task(config.task, config.model.path, tokenizer, architecture, labels, lay_out)
     folders = world.first_does("tables", lambda: _tokenize(config, task, tokenizer, labels, corpus))
     counts = world.first_does(
         "sources", lambda: {"train": corpus.train_counts, **corpus.judged_counts} if corpus is not None else {}

@@ -12,8 +12,21 @@ from transformers import PreTrainedTokenizerBase
 
 from shardtune.documents import make_documents, read
 from shardtune.head_loss import summed_loss
-from shardtune.protocols import IGNORED, Batch, Encoded, Generation, Text, Tokens
-from shardtune.task.tokens import generate, joined, learned, mask, pad, sum_of_cross_entropies, tokenize
+from shardtune.protocols import Batch, Encoded, Generation, Text, Tokens
+from shardtune.ragged import LayOut
+from shardtune.task.tokens import (
+    NO_LABELS,
+    PADDED,
+    READ,
+    generate,
+    laid_out,
+    learned_places,
+    mask,
+    pad,
+    stream,
+    sum_of_cross_entropies,
+    tokenize,
+)
 
 
 class Causal:
@@ -30,12 +43,15 @@ class Causal:
         max_target_tokens: int,
         whole_text: bool,
         keeps_logits: bool = True,
+        lay_out: LayOut | None = None,
     ) -> None:
-        """`keeps_logits`: the model can leave out positions that predict nothing (`logits_to_keep`)."""
+        """`keeps_logits`: the model can leave out positions that predict nothing (`logits_to_keep`). `lay_out`: pads
+        and packs batches on the device that computes them; None: the host does."""
         self._tokenizer: Any = tokenizer
         self._limits = max_source_tokens, max_target_tokens
         self._whole_text = whole_text
         self._keeps_logits = keeps_logits
+        self._lay_out = lay_out
         self._ends = self._tokenizer("")["input_ids"][-1:] == [tokenizer.eos_token_id]
         self.scores_texts = not whole_text
 
@@ -72,32 +88,23 @@ class Causal:
         Labels are the tokens that the columns `logits_to_keep` are to predict, the next ones: the columns from the
         first target's on, or, packed, just those that predict a target.
         """
-        targets = [learned(e.target) for e in examples]
-        rows = [np.concatenate((e.source, ids)) for e, (ids, _) in zip(examples, targets, strict=True)]
-        labels = [
-            np.concatenate((np.full(len(e.source), IGNORED), own))
-            for e, (_, own) in zip(examples, targets, strict=True)
-        ]
-        inputs, documents = {}, None
+        rows, first = [np.concatenate((e.source, e.target)) for e in examples], [len(e.source) for e in examples]
+        pad_id, width = self._tokenizer.pad_token_id, max(len(row) for row in rows)
+        kept = slice(min(first) - 1, width - 1)
         if packed:
-            lengths = np.array([len(row) for row in rows])
-            documents = make_documents(lengths)
-            inputs["input_ids"], all_labels = joined(rows), joined(labels)
-            inputs["position_ids"] = documents.source.positions.unsqueeze(0)
-            predicted = (all_labels[0] != IGNORED).nonzero()[:, 0]
+            given = stream(rows, pad_id, True, {**READ, "position_ids": "positions"}, first)
         else:
-            inputs["input_ids"], all_labels = pad(rows, self._tokenizer.pad_token_id), pad(labels, IGNORED)
-            inputs["attention_mask"] = mask(rows)
-            predicted = torch.arange(min(len(e.source) for e in examples), all_labels.shape[1])
-        inputs["logits_to_keep"] = predicted - 1
-        return Batch(
-            inputs=inputs,
-            labels=all_labels[:, predicted],
-            tokens=sum(len(row) for row in rows),
-            targets=int((all_labels != IGNORED).sum()),
-            slots=all_labels.numel(),
-            documents=documents,
+            given = stream(rows, pad_id, False, PADDED, first, labels=kept)
+        places = torch.from_numpy(learned_places(given))
+        batch = Batch(
+            inputs={"logits_to_keep": places - 1 if packed else torch.arange(kept.start, kept.stop)},
+            labels=given.tokens[places].long().unsqueeze(0) if packed else NO_LABELS,
+            tokens=len(given.tokens),
+            targets=len(places),
+            slots=given.slots,
+            documents=make_documents(np.diff(given.offsets.numpy())) if packed else None,
         )
+        return laid_out(batch, [given], self._lay_out)
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         """Summed cross entropy of the target tokens, each predicted at the position before it."""

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shardtune.conversations import ASSISTANT, Conversation, Turn, from_text
 from shardtune.errors import ConfigError, DataError
 from shardtune.protocols import Batch, Encoded, Generation, Text, Tokens
+from shardtune.ragged import LayOut
 from shardtune.task.causal import Causal
 from shardtune.task.chat_template import NAMES
 from shardtune.task.tokens import all_ends, generate, learned, mask, pad
@@ -43,9 +44,15 @@ class Chat:
 
     scores_texts = True
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int, keeps_logits: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_tokens: int,
+        keeps_logits: bool = True,
+        lay_out: LayOut | None = None,
+    ) -> None:
         """`max_tokens`: of a whole conversation; which end is cut is the tokenizer's `truncation_side`.
-        `keeps_logits`: as in `Causal`.
+        `keeps_logits`, `lay_out`: as in `Causal`.
 
         Raises ConfigError where the template does not show which tokens are the assistant's.
         """
@@ -57,7 +64,7 @@ class Chat:
         self._tokenizer: Any = tokenizer
         self._limit = max_tokens
         self._markup = {number: token.content for number, token in tokenizer.added_tokens_decoder.items()}
-        self._causal = Causal(tokenizer, max_tokens, 1, True, keeps_logits)
+        self._causal = Causal(tokenizer, max_tokens, 1, True, keeps_logits, lay_out)
         self._ends = self._end_tokens()
 
     def encode(self, texts: Sequence[Text]) -> list[Encoded]:

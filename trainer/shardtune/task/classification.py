@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from shardtune.errors import DataError
 from shardtune.protocols import Batch, Encoded, Generation, Text, Tokens
-from shardtune.task.tokens import mask, pad, sum_of_cross_entropies, tokenize
+from shardtune.ragged import LayOut
+from shardtune.task.tokens import PADDED, laid_out, stream, sum_of_cross_entropies, tokenize
 
 
 class Classification:
@@ -19,9 +20,17 @@ class Classification:
 
     scores_texts = True
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_source_tokens: int, labels: Sequence[str]) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_source_tokens: int,
+        labels: Sequence[str],
+        lay_out: LayOut | None = None,
+    ) -> None:
+        """`lay_out`: pads batches on the device that computes them; None: the host does."""
         self._tokenizer: Any = tokenizer
         self._limit = max_source_tokens
+        self._lay_out = lay_out
         self._labels = list(labels)
         self._index = {label: index for index, label in enumerate(self._labels)}
 
@@ -40,15 +49,15 @@ class Classification:
     def collate(self, examples: Sequence[Tokens], packed: bool = False) -> Batch:
         """Right-padded texts [b, s] and class indices [b]; never packed."""
         assert not packed
-        sources = [e.source for e in examples]
-        input_ids = pad(sources, self._tokenizer.pad_token_id)
-        return Batch(
-            inputs={"input_ids": input_ids, "attention_mask": mask(sources)},
+        source = stream([e.source for e in examples], self._tokenizer.pad_token_id, False, PADDED)
+        batch = Batch(
+            inputs={},
             labels=torch.tensor([int(e.target[0]) for e in examples]),
-            tokens=sum(len(source) for source in sources),
+            tokens=len(source.tokens),
             targets=len(examples),
-            slots=input_ids.numel(),
+            slots=source.slots,
         )
+        return laid_out(batch, [source], self._lay_out)
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         """Summed cross entropy of the labels."""

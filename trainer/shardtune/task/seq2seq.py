@@ -11,8 +11,20 @@ from transformers import PreTrainedTokenizerBase
 
 from shardtune.documents import make_documents, read
 from shardtune.head_loss import summed_loss
-from shardtune.protocols import IGNORED, Batch, Encoded, Generation, Text, Tokens
-from shardtune.task.tokens import generate, joined, mask, pad, sum_of_cross_entropies, tokenize
+from shardtune.protocols import Batch, Encoded, Generation, Text, Tokens
+from shardtune.ragged import LayOut
+from shardtune.task.tokens import (
+    NO_LABELS,
+    PADDED,
+    READ,
+    generate,
+    laid_out,
+    mask,
+    pad,
+    stream,
+    sum_of_cross_entropies,
+    tokenize,
+)
 
 
 class Seq2Seq:
@@ -26,10 +38,13 @@ class Seq2Seq:
         max_source_tokens: int,
         max_target_tokens: int,
         decoder_start_token_id: int,
+        lay_out: LayOut | None = None,
     ) -> None:
+        """`lay_out`: pads and packs batches on the device that computes them; None: the host does."""
         self._tokenizer: Any = tokenizer
         self._limits = max_source_tokens, max_target_tokens
         self._start = decoder_start_token_id
+        self._lay_out = lay_out
 
     def encode(self, texts: Sequence[Text]) -> list[Encoded]:
         """Source and target each as the tokenizer writes them, targets always with their end token."""
@@ -49,25 +64,21 @@ class Seq2Seq:
 
     def collate(self, examples: Sequence[Tokens], packed: bool = False) -> Batch:
         """Sources [b, s], targets [b, t], and as decoder input the targets shifted right [b, t]; right-padded."""
-        sources, targets = [e.source for e in examples], [e.target for e in examples]
-        shifted = [np.concatenate(([self._start], target[:-1])) for target in targets]
-        source_tokens, target_tokens = (sum(len(row) for row in rows) for rows in (sources, targets))
-        documents, attention = None, {}
-        if packed:
-            input_ids, decoder_input_ids, labels = joined(sources), joined(shifted), joined(targets)
-            documents = make_documents(*(np.array([len(row) for row in rows]) for rows in (sources, targets)))
-        else:
-            pad_id = self._tokenizer.pad_token_id
-            input_ids, decoder_input_ids, labels = pad(sources, pad_id), pad(shifted, pad_id), pad(targets, IGNORED)
-            attention = {"attention_mask": mask(sources)}
-        return Batch(
-            inputs={"input_ids": input_ids, **attention, "decoder_input_ids": decoder_input_ids},
-            labels=labels,
-            tokens=source_tokens + target_tokens,
-            targets=target_tokens,
-            slots=input_ids.numel() + labels.numel(),
-            documents=documents,
+        pad_id = self._tokenizer.pad_token_id
+        source = stream([e.source for e in examples], pad_id, packed, READ if packed else PADDED)
+        target = stream(
+            [e.target for e in examples], pad_id, packed, {"decoder_input_ids": "input_ids"},
+            start=self._start, labels=slice(None),
+        )  # fmt: skip
+        batch = Batch(
+            inputs={},
+            labels=NO_LABELS,
+            tokens=len(source.tokens) + len(target.tokens),
+            targets=len(target.tokens),
+            slots=source.slots + target.slots,
+            documents=make_documents(*(np.diff(part.offsets.numpy()) for part in (source, target))) if packed else None,
         )
+        return laid_out(batch, [source, target], self._lay_out)
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         """Summed cross entropy of the target tokens."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +15,13 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from shardtune import documents
-from shardtune.protocols import IGNORED, Generation
+from shardtune.protocols import IGNORED, Batch, Generation
+from shardtune.ragged import LayOut, Ragged, Stream
+
+NO_LABELS = torch.empty(0, dtype=torch.int64)
+"""Of a batch whose labels are made of its streams."""
+READ = {"input_ids": "input_ids"}
+PADDED = {**READ, "attention_mask": "attention_mask"}
 
 
 def tokenize(
@@ -61,9 +68,75 @@ def learned(target: NDArray[np.int32] | Sequence[int]) -> tuple[NDArray[np.int32
     return np.where(given < 0, ~given, given), np.where(given < 0, np.int32(IGNORED), given)
 
 
-def joined(rows: Sequence[NDArray[np.int32]]) -> Tensor:
-    """int64 [1, sum of lengths]: one row of them all."""
-    return torch.from_numpy(np.concatenate(rows).astype(np.int64)).unsqueeze(0)
+def stream(
+    rows: Sequence[NDArray[np.int32]],
+    fill: int,
+    packed: bool,
+    names: Mapping[str, str],
+    learned_from: Sequence[int] | None = None,
+    start: int | None = None,
+    labels: slice | None = None,
+) -> Stream:
+    """These rows, to be padded to the longest of them or packed."""
+    lengths = [len(row) for row in rows]
+    return Stream(
+        tokens=torch.from_numpy(np.concatenate(rows).astype(np.int32, copy=False)),
+        offsets=torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
+        learned_from=torch.tensor([0] * len(rows) if learned_from is None else learned_from, dtype=torch.int32),
+        width=None if packed else max(lengths),
+        fill=fill,
+        start=start,
+        names=names,
+        labels=labels,
+    )
+
+
+def learned_places(given: Stream) -> NDArray[np.int64]:
+    """Where in the stream the tokens are that are learned."""
+    tokens, offsets, first = (part.numpy() for part in given[:3])
+    lengths = np.diff(offsets)
+    return np.flatnonzero((tokens >= 0) & (np.arange(len(tokens)) >= np.repeat(offsets[:-1] + first, lengths)))
+
+
+class HostRows(NamedTuple):
+    """Implements `ragged.Rows`."""
+
+    input_ids: Tensor
+    labels: Tensor
+    attention_mask: Tensor
+    positions: Tensor
+
+
+def lay_out_on_host(given: Stream) -> HostRows:
+    """What a kernel makes on a GPU, made by numpy."""
+    tokens, offsets = given.tokens.numpy(), given.offsets.numpy()
+    lengths = np.diff(offsets)
+    positions = np.arange(len(tokens)) - np.repeat(offsets[:-1], lengths)
+    read = np.where(tokens < 0, ~tokens, tokens)
+    targets = np.full(len(tokens), IGNORED)
+    places = learned_places(given)
+    if given.start is None:
+        places = places[positions[places] > 0]  # nothing predicts the first token of a row
+        targets[places - 1] = tokens[places]
+    else:
+        targets[places] = tokens[places]
+        read = np.where(positions == 0, given.start, np.roll(read, 1))
+    flat, fills = (read, targets, np.ones_like(tokens), positions), (given.fill, IGNORED, 0, 0)
+    if given.width is None:
+        return HostRows(*(torch.from_numpy(part.astype(np.int64)).unsqueeze(0) for part in flat))
+    inside = np.arange(given.width) < lengths[:, None]
+    padded = [np.full(inside.shape, fill, np.int64) for fill in fills]
+    for part, values in zip(padded, flat, strict=True):
+        part[inside] = values
+    return HostRows(*map(torch.from_numpy, padded))
+
+
+def laid_out(batch: Batch, streams: Sequence[Stream], lay_out: LayOut | None) -> Batch:
+    """The batch with what its streams become: on the device that it goes to, by `lay_out`; now, where that is None."""
+    if lay_out is not None:
+        return replace(batch, ragged=Ragged.of(streams, lay_out))
+    done = replace(batch, ragged=Ragged.of(streams, lay_out_on_host)).to(torch.device("cpu"))
+    return replace(done, labels=done.labels.contiguous())
 
 
 def sum_of_cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
