@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from shardtune_kernels import _lora_products as products
+from shardtune_kernels._lora_flat import is_flat, lora_linear_flat
 from shardtune_kernels._lora_kernels import BUILDS as BUILDS
 from shardtune_kernels.dropout import draw_seed as draw_seed
 from shardtune_kernels.dropout import draw_seeds, dropped_steps
@@ -28,6 +29,12 @@ def lora_linear(x: Tensor, w: LoraWeights, dropout: float = 0.0, seed: int | Non
     for backward are x and x Aᵀ [..., r]; weights are looked at again. Without an adapter (`w.a` is None) it is a plain
     linear layer. Raises ValueError for shapes that do not fit, and unless 0 <= dropout < 1.
     """
+    if is_flat(x, w, dropout):
+        try:
+            return lora_linear_flat(x, w)
+        except RuntimeError:
+            _check(x, w)
+            raise
     (y,) = lora_qkv(x, (w,), dropout, None if seed is None else (seed,))
     return y
 
