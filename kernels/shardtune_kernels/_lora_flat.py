@@ -15,14 +15,15 @@ from shardtune_kernels.weights import LoraWeights
 
 def is_flat(x: Tensor, w: LoraWeights, dropout: float) -> bool:
     """Whether `lora_linear_flat` is for it: cheap to tell, wrong shapes may pass."""
-    weight, bias, a, _, _ = w
+    weight, bias, a, b, _ = w
     return (
         dropout == 0.0
         and a is not None
+        and b is not None
         and isinstance(weight, Tensor)
         and x.dim() == 2
         and x.is_cpu
-        and x.dtype == weight.dtype == a.dtype
+        and x.dtype == weight.dtype == a.dtype == b.dtype
         and bias is None
         and not INTERPRETED
         and not torch.is_autocast_enabled("cpu")

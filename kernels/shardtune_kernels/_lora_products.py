@@ -83,7 +83,7 @@ def down(x: Tensor, a: Tensor, dropout: Dropout | None) -> Tensor:
         return torch.mm(x, a.t())
     xa = x.new_empty((x.shape[0], a.shape[0]))
     if _has_kernels(x):
-        kernels.dropped_down(xa, x, a, *_parts(a, dropout))
+        kernels.dropped_down(xa, x, a.contiguous(), *_parts(a, dropout))
         return xa
     for index, layer in enumerate(_layers(a, dropout)):
         xa[:, layer] = scaled_product(_dropped(x, dropout, index), a[layer].t(), dropout.scale)
@@ -107,9 +107,9 @@ def down_gradients(
         return torch.mm(dyb, a) if needs_dx else None, torch.mm(dyb.t(), x) if needs_da and x is not None else None
     assert x is not None
     dx = x.new_empty(x.shape) if needs_dx else None
-    da = torch.empty_like(a) if needs_da else None
+    da = x.new_empty(a.shape) if needs_da else None
     if _has_kernels(x):
-        kernels.dropped_down_gradients(dx, da, x, a, dyb, *_parts(a, dropout))
+        kernels.dropped_down_gradients(dx, da, x, a.contiguous(), dyb.contiguous(), *_parts(a, dropout))
         return dx, da
     for index, layer in enumerate(_layers(a, dropout)):
         kept, own = _mask(x, dropout, index), dyb[:, layer]
@@ -128,7 +128,7 @@ def up_gradients(
     that is less than to write and read the parts of the sums."""
     (m, n), r = dy.shape, b.shape[1]
     if _has_kernels(dy) and needs_dyb and xa is not None and kernels.up_gradients_pay(m, n, r, dy.dtype.itemsize):
-        dyb, db = dy.new_empty((m, r)), torch.empty_like(b, memory_format=torch.contiguous_format)
+        dyb, db = dy.new_empty((m, r)), b.new_empty(b.shape)
         kernels.up_gradients(dyb, db, unit_stride(dy), b.to(dy.dtype).contiguous(), xa, scale)
         return dyb, db
     own = b if b.dtype == dy.dtype else b.to(dy.dtype)

@@ -88,10 +88,10 @@ class _LoraLinears(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, seeds: Tensor | None, settings: _Settings, *tensors: Tensor | None) -> Any:
         ctx.set_materialize_grads(False)
         layers = _layers(settings, tensors)
-        x_mk = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        x_mk = products.unit_stride(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]))
         dropout = _dropout(settings, seeds)
         a, rank = _stacked_a(layers, x.dtype, dropout)
-        xa = None if a is None else products.down(products.unit_stride(x_mk), a, dropout)
+        xa = None if a is None else products.down(x_mk, a, dropout)
         outputs, column = [], 0
         for w in layers:
             y = None
