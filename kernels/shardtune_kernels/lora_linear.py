@@ -25,7 +25,7 @@ def lora_linear(x: Tensor, w: LoraWeights, dropout: float = 0.0, seed: int | Non
 
     Dropout (Srivastava et al. 2014) is drawn from `seed`, or from one of torch's random stream of the CPU, and once
     more in the backward: `dropout.dropout_mask(seed, dropout, x.shape, x.device)` is what was kept. Computed in the
-    dtype of x; gradients, of x and of each tensor of `w` that is trained, have the dtypes of what they are of. Saved
+    dtype of x, or of autocast; gradients, of x and of each tensor of `w` that is trained, have the dtypes of what they are of. Saved
     for backward are x and x Aᵀ [..., r]; weights are looked at again. Without an adapter (`w.a` is None) it is a plain
     linear layer. Raises ValueError for shapes that do not fit, and unless 0 <= dropout < 1.
     """
@@ -47,6 +47,10 @@ def lora_qkv(
     The adapters' A are applied together, x read once; each has a mask of its own, of `seeds[i]`, and the gradients of
     x are summed in one buffer.
     """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return lora_qkv(x.to(torch.get_autocast_dtype(device)), weights, dropout, seeds)
     scales, quantized, tensors = [], [], []
     for w in weights:
         _check(x, w)

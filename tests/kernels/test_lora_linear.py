@@ -304,6 +304,20 @@ def test_seeds_come_from_the_stream_that_recomputation_sets_back() -> None:
     assert not torch.equal(lora_linear(x, layer, 0.5), lora_linear(x, layer, 0.5))
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_autocast(bias: bool) -> None:
+    torch.manual_seed(0)
+    x, layer = torch.randn(20, 24, device=DEVICE, requires_grad=True), random_layer(40, 24, 4)
+    layer = layer if bias else layer._replace(bias=None)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        y = lora_linear(x, layer)
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert x.grad is not None
+    assert x.grad.dtype == torch.float32
+    torch.testing.assert_close(y.float(), reference.lora_linear(x, layer), rtol=0.05, atol=0.05)
+
+
 def test_differentiated_once_only() -> None:
     x = torch.randn(5, 16, device=DEVICE, requires_grad=True)
     layer = random_layer(7, 16, 2)
