@@ -25,9 +25,9 @@ def lora_linear(x: Tensor, w: LoraWeights, dropout: float = 0.0, seed: int | Non
 
     Dropout (Srivastava et al. 2014) is drawn from `seed`, or from one of torch's random stream of the CPU, and once
     more in the backward: `dropout.dropout_mask(seed, dropout, x.shape, x.device)` is what was kept. Computed in the
-    dtype of x, or of autocast; gradients, of x and of each tensor of `w` that is trained, have the dtypes of what they are of. Saved
-    for backward are x and x Aᵀ [..., r]; weights are looked at again. Without an adapter (`w.a` is None) it is a plain
-    linear layer. Raises ValueError for shapes that do not fit, and unless 0 <= dropout < 1.
+    dtype of x, or of autocast; the gradients of x and of what is trained of `w` have the dtypes of these. Saved for
+    backward are x and drop(x) Aᵀ [..., r]; weights are looked at again. Without an adapter (`w.a` is None) it is a
+    plain linear layer. Raises ValueError for shapes that do not fit, and unless 0 <= dropout < 1.
     """
     if is_flat(x, w, dropout):
         try:
