@@ -59,7 +59,7 @@ class _Flat(torch.autograd.Function):
         return dx, dw, da, db, None
 
 
-_apply = super(torch.autograd.Function, _Flat).apply
+_apply: Any = super(torch.autograd.Function, _Flat).apply  # pyright: ignore[reportAttributeAccessIssue]
 """Without the wrapper for functorch's transforms, which costs as much as a product."""
 
 

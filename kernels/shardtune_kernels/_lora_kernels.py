@@ -9,6 +9,8 @@ b [n, r]. R is r padded to a power of two.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -25,15 +27,16 @@ ROWS, COLUMNS, UP_COLUMNS = 32, 128, 256
 PROGRAMS = 264
 """Two for each multiprocessor of the largest GPUs."""
 SUM_BLOCK = 256
+_jit: Any = triton.jit
 _SCALARS = ["first", "dropped", "seed_0", "seed_1", "seed_2"]
 
 
-@triton.jit
+@_jit
 def _dropped(x, seed, rows, first_column, dropped, BM: tl.constexpr, BK: tl.constexpr):
     return tl.where(kept_tile(seed, rows, first_column, dropped, BM, BK), x, tl.zeros_like(x))
 
 
-@triton.jit
+@_jit
 def _add_down(xa, x, a_ptr, seed, rows, start, layer_row, k, width, dropped,
               R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
     """xa [BM, R] + drop(x) Aᵀ of one layer, whose A begins at row `layer_row`."""
@@ -44,7 +47,7 @@ def _add_down(xa, x, a_ptr, seed, rows, start, layer_row, k, width, dropped,
     return tl.dot(kept.to(DOT), a.to(DOT), xa, input_precision="ieee", out_dtype=tl.float32)
 
 
-@triton.jit(do_not_specialize=_SCALARS)
+@_jit(do_not_specialize=_SCALARS)
 def _down_kernel(x_ptr, a_ptr, xa_ptr, m, k, x_stride, total, first, width, dropped, scale, seed_0, seed_1, seed_2,
                  P: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
                  DOT: tl.constexpr):  # fmt: skip
@@ -72,7 +75,7 @@ def _down_kernel(x_ptr, a_ptr, xa_ptr, m, k, x_stride, total, first, width, drop
         tl.store(pointers + 2 * width, xa_2 * scale, mask=inside)
 
 
-@triton.jit
+@_jit
 def _layer_gradients(dx, da, x, dyb_ptr, a_ptr, seed, rows, start, layer_row, m, k, total, width, dropped,
                      R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr,
                      DX: tl.constexpr, DA: tl.constexpr):  # fmt: skip
@@ -92,7 +95,7 @@ def _layer_gradients(dx, da, x, dyb_ptr, a_ptr, seed, rows, start, layer_row, m,
     return dx, da
 
 
-@triton.jit(do_not_specialize=_SCALARS)
+@_jit(do_not_specialize=_SCALARS)
 def _down_gradients_kernel(x_ptr, a_ptr, dyb_ptr, dx_ptr, da_ptr, m, k, x_stride, total, first, width, dropped, scale,
                            seed_0, seed_1, seed_2, rows_each, P: tl.constexpr, R: tl.constexpr, BM: tl.constexpr,
                            BK: tl.constexpr, DOT: tl.constexpr, DX: tl.constexpr, DA: tl.constexpr,
@@ -133,7 +136,7 @@ def _down_gradients_kernel(x_ptr, a_ptr, dyb_ptr, dx_ptr, da_ptr, m, k, x_stride
             tl.store(da_ptr + (row + 2 * width + ranks[:, None]) * k + columns[None, :], da_2 * scale, mask=inside)
 
 
-@triton.jit
+@_jit
 def _up_gradients_kernel(dy_ptr, b_ptr, xa_ptr, dyb_ptr, db_ptr, m, n, r, dy_stride, xa_stride, scale, rows_each,
                          R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr, DYB: tl.constexpr,
                          DB: tl.constexpr):  # fmt: skip
@@ -159,7 +162,7 @@ def _up_gradients_kernel(dy_ptr, b_ptr, xa_ptr, dyb_ptr, db_ptr, m, n, r, dy_str
         tl.store(db_ptr + (chunk * n + columns[:, None]) * r + ranks[None, :], db * scale, mask=of_b)
 
 
-@triton.jit
+@_jit
 def _sum_kernel(parts_ptr, out_ptr, parts, rows, columns, out_stride, BLOCK: tl.constexpr):
     """out [rows, columns] = the sum over the first dimension of parts [parts, rows, columns]."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -178,7 +181,7 @@ def dropped_down(xa: Tensor, x: Tensor, a: Tensor, seeds: Tensor, width: int, dr
         return
     drawn = seeds.tolist()
     for first, layers, chosen in _groups(drawn, width):
-        _down_kernel[(triton.cdiv(m, ROWS),)](
+        _down_kernel[(_blocks(m, ROWS),)](
             x, a, xa, m, k, x.stride(0), len(a), first, width, dropped, scale, *chosen,
             P=layers, R=power_of_two(width), BM=ROWS, BK=COLUMNS, DOT=dot_type(x.dtype),
             num_warps=_warps_of_down(layers), num_stages=3,
@@ -204,8 +207,8 @@ def dropped_down_gradients(
             if gradient is not None:
                 gradient.zero_()
         return
-    rows_each = rows_of_a_chunk(m, triton.cdiv(k, COLUMNS))
-    grid = triton.cdiv(m, rows_each), triton.cdiv(k, COLUMNS)
+    rows_each = rows_of_a_chunk(m, _blocks(k, COLUMNS))
+    grid = _blocks(m, rows_each), _blocks(k, COLUMNS)
     parts = None if da is None else x.new_empty(grid[0], *a.shape, dtype=torch.float32)
     for first, layers, chosen in _groups(seeds.tolist(), width):
         _down_gradients_kernel[grid](
@@ -226,9 +229,9 @@ def up_gradients(dyb: Tensor | None, db: Tensor | None, dy: Tensor, b: Tensor, x
             if gradient is not None:
                 gradient.zero_()
         return
-    blocks = triton.cdiv(n, UP_COLUMNS)
+    blocks = _blocks(n, UP_COLUMNS)
     rows_each = rows_of_a_chunk(m, blocks)
-    chunks = triton.cdiv(m, rows_each)
+    chunks = _blocks(m, rows_each)
     of_dyb = None if dyb is None else dy.new_empty(blocks, m, r, dtype=torch.float32)
     of_db = None if db is None else dy.new_empty(chunks, n, r, dtype=torch.float32)
     _up_gradients_kernel[(chunks, blocks)](
@@ -245,14 +248,18 @@ def up_gradients_pay(m: int, n: int, r: int, itemsize: int) -> bool:
     """Whether the partial sums of `up_gradients`, float32 written and read, are fewer bytes than dy read once more."""
     if not m or not n:
         return False
-    blocks = triton.cdiv(n, UP_COLUMNS)
-    chunks = triton.cdiv(m, rows_of_a_chunk(m, blocks))
+    blocks = _blocks(n, UP_COLUMNS)
+    chunks = _blocks(m, rows_of_a_chunk(m, blocks))
     return 2 * 4 * r * (blocks * m + chunks * n) < itemsize * m * n
 
 
 def rows_of_a_chunk(m: int, blocks: int) -> int:
     """How many rows one program sums over, so that with `blocks` blocks of columns there are about PROGRAMS."""
-    return triton.cdiv(triton.cdiv(m, max(1, PROGRAMS // blocks)), ROWS) * ROWS
+    return _blocks(_blocks(m, max(1, PROGRAMS // blocks)), ROWS) * ROWS
+
+
+def _blocks(size: int, block: int) -> int:
+    return -(-size // block)
 
 
 def _warps_of_down(layers: int) -> int:
@@ -269,7 +276,7 @@ def _groups(seeds: list[int], width: int) -> list[tuple[int, int, list[int]]]:
 
 def _sum(parts: Tensor, out: Tensor) -> None:
     number, rows, columns = parts.shape
-    _sum_kernel[(triton.cdiv(rows * columns, SUM_BLOCK),)](
+    _sum_kernel[(_blocks(rows * columns, SUM_BLOCK),)](
         parts, out, number, rows, columns, out.stride(0), BLOCK=SUM_BLOCK
     )
 

@@ -8,6 +8,7 @@ column for a counter: any tile can be drawn alone. Elsewhere they are those of a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from shardtune_kernels._launch import on_triton, writes
 
+_jit: Any = triton.jit
 STEPS = 1 << 16
 """Of 16 bits: probabilities are multiples of 1 / STEPS."""
 PER_COUNTER = tl.constexpr(8)
@@ -65,10 +67,10 @@ def draw_mask(kept: Tensor, seeds: Tensor, index: int, dropped: int) -> None:
         torch.ge(words.view(torch.int16)[: kept.numel()].view(kept.shape), dropped - STEPS // 2, out=kept)
         return
     m, k = kept.shape
-    _mask_kernel[triton.cdiv(m, 32), triton.cdiv(k, 128)](kept, m, k, seed, dropped, BM=32, BK=128)
+    _mask_kernel[-(-m // 32), -(-k // 128)](kept, m, k, seed, dropped, BM=32, BK=128)
 
 
-@triton.jit
+@_jit
 def kept_tile(seed, rows, first, dropped, BM: tl.constexpr, BK: tl.constexpr):
     """bool [BM, BK]: which elements of int64 rows [BM] are kept, in the BK columns from `first`, a multiple of 8."""
     counters: tl.constexpr = BK // PER_COUNTER
@@ -80,7 +82,7 @@ def kept_tile(seed, rows, first, dropped, BM: tl.constexpr, BK: tl.constexpr):
     return tl.reshape(tl.join(words & 0xFFFF, words >> 16), [BM, BK]) >= dropped.to(tl.uint32)
 
 
-@triton.jit(do_not_specialize=["seed", "dropped"])
+@_jit(do_not_specialize=["seed", "dropped"])
 def _mask_kernel(kept_ptr, m, k, seed, dropped, BM: tl.constexpr, BK: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     first = tl.program_id(1) * BK

@@ -113,10 +113,11 @@ class _LoraLinears(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+    def backward(ctx: Any, *gradients: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, xa, seeds, *tensors = ctx.saved_tensors
         layers = _layers(ctx.settings, tensors)
-        needs, found = ctx.needs_input_grad, [None] * len(ctx.needs_input_grad)
+        needs = ctx.needs_input_grad
+        found: list[Tensor | None] = [None] * len(needs)
         dys = [dy if dy is None or dy.dim() == 2 else dy.reshape(-1, dy.shape[-1]) for dy in gradients]
         given = next((dy for dy in dys if dy is not None), None)
         if given is None:
@@ -161,12 +162,13 @@ class _LoraLinears(torch.autograd.Function):
         return tuple(found)
 
 
-def _layers(settings: _Settings, tensors: Sequence[Tensor | None]) -> list[LoraWeights]:
+def _layers(settings: _Settings, tensors: Sequence[Any]) -> list[LoraWeights]:
     """The layers, of tensors as they are now: weights may have been gathered anew."""
-    return [
-        LoraWeights(tensors[4 * i] if weight is None else weight, *tensors[4 * i + 1 : 4 * i + 4], scale)
-        for i, (scale, weight) in enumerate(zip(settings[2], settings[3], strict=True))
-    ]  # fmt: skip
+    layers = []
+    for index, (scale, quantized) in enumerate(zip(settings[2], settings[3], strict=True)):
+        weight, bias, a, b = tensors[4 * index : 4 * index + 4]
+        layers.append(LoraWeights(weight if quantized is None else quantized, bias, a, b, scale))
+    return layers
 
 
 def _dropout(settings: _Settings, seeds: Tensor | None) -> products.Dropout | None:
