@@ -10,6 +10,8 @@ outputs, m rows (all tokens), v vocabulary, r rank of LoRA.
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -48,6 +50,17 @@ OPS = {
 }
 """Every op and the module it is in."""
 _MODULES = {**OPS, "FourBitWeight": "weights", "LoraWeights": "weights"}
+
+
+class _Package(ModuleType):
+    """Importing a module sets it as an attribute of its package; an op of the same name must stay the op."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in _MODULES or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:
