@@ -99,9 +99,7 @@ def _forward(gate: Tensor, up: Tensor, h: Tensor, activation: str) -> None:
 
 
 @writes("dgate", "dup")
-def _backward(
-    dh: Tensor, gate: Tensor, up: Tensor, dgate: Tensor | None, dup: Tensor | None, activation: str
-) -> None:
+def _backward(dh: Tensor, gate: Tensor, up: Tensor, dgate: Tensor | None, dup: Tensor | None, activation: str) -> None:
     """dh, gate and up [m, f]; dgate and dup contiguous."""
     if gate.numel():
         _start_backward(dh, gate, up, dgate, dup, None, activation)
