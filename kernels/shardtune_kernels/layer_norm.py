@@ -42,7 +42,8 @@ def layer_norm(
     if on_triton(x) and x.dtype != torch.float64:
         return _LayerNorm.apply(x, weight, bias, residual, eps)
     total = x if residual is None else x + residual
-    if all(p is None or p.dtype == total.dtype for p in (weight, bias)):  # torch's own is in float32 inside, too
+    if total.dtype.itemsize >= 4 and all(p is None or p.dtype == total.dtype for p in (weight, bias)):
+        # In 16 bits torch's own sums the gradients of the parameters in 16 bits.
         y = functional.layer_norm(total, total.shape[-1:], weight, bias, eps)
         return y if residual is None else (y, total)
     return reference.layer_norm(x, weight, bias, eps, residual)
