@@ -33,7 +33,7 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str = "silu") -> Tens
         raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}, not {activation!r}")
     if gate.shape != up.shape:
         raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} must have one shape")
-    if not on_triton(gate) or torch.float64 in (gate.dtype, up.dtype):
+    if not _has_kernel(gate, up):
         return reference.gated_activation(gate, up, activation)
     return _GatedActivation.apply(gate, up, activation)
 
@@ -57,7 +57,7 @@ class _GatedActivation(torch.autograd.Function):
 
 def activated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """The value, without a gradient."""
-    if not on_triton(gate):
+    if not _has_kernel(gate, up):
         return reference.gated_activation(gate, up, activation)
     h = torch.empty(gate.shape, dtype=torch.promote_types(gate.dtype, up.dtype), device=gate.device)
     _forward(*_as_rows(gate, up), h, activation)
@@ -66,18 +66,26 @@ def activated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 def overwrite_with_gradients(dh: Tensor, gate: Tensor, up: Tensor, activation: str) -> None:
     """In place: gate becomes its gradient, up too, and dh becomes act(gate) · up. All three are contiguous."""
-    if on_triton(gate):
+    if _has_kernel(gate, up):
         _backward_in_place(dh.view(1, -1), gate.view(1, -1), up.view(1, -1), activation)
+        if not torch.compiler.is_compiling():  # so that autograd notices where they are used once more
+            torch.autograd.graph.increment_version([dh, gate, up])
         return
-    with torch.enable_grad():
-        own = gate.detach().requires_grad_()
-        act = reference.ACTIVATIONS[activation](own)
-        (dgate,) = torch.autograd.grad(act, own, dh * up)
-    act = act.detach()
-    gate.copy_(dgate)
-    dup = dh * act
+    act = reference.ACTIVATIONS[activation](gate)
+    dact, dup = dh * up, dh * act
     torch.mul(act, up, out=dh)
     up.copy_(dup)
+    if activation == "silu":
+        gate.copy_(torch.ops.aten.silu_backward(dact, gate))
+    elif activation == "relu":
+        gate.copy_(torch.ops.aten.threshold_backward(dact, gate, 0))
+    else:
+        how = "tanh" if activation == "gelu_tanh" else "none"
+        gate.copy_(torch.ops.aten.gelu_backward(dact, gate, approximate=how))
+
+
+def _has_kernel(gate: Tensor, up: Tensor) -> bool:
+    return on_triton(gate) and torch.float64 not in (gate.dtype, up.dtype)
 
 
 def _as_rows(*tensors: Tensor) -> list[Tensor]:

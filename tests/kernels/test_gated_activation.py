@@ -40,7 +40,7 @@ def check(
 
 def in_place(module: Any, activations: tuple[str, ...]) -> None:
     for activation in activations:
-        gate, up, dh = (torch.randn(3, 50, dtype=torch.float32, device=DEVICE) for _ in range(2))
+        gate, up, dh = (torch.randn(3, 50, dtype=torch.float32, device=DEVICE) for _ in range(3))
         own = [gate.double().requires_grad_(), up.double().requires_grad_()]
         h = reference.gated_activation(own[0], own[1], activation)
         wanted = [h.detach(), *torch.autograd.grad(h, own, dh.double())]
