@@ -20,9 +20,9 @@ FROZEN = {"cos": False, "sin": False}
 
 def drawn(rng: random.Random, partly: bool, transposed: bool) -> dict[str, Tensor]:
     """Random shapes; as much of each head rotated as `partly` says."""
-    batch, length, width = rng.randint(1, 3), rng.randint(2, 5), 2 * rng.randint(5, 20)
+    batch, length, width = rng.randint(1, 2), rng.randint(5, 8), 2 * rng.randint(5, 20)
     turned = 2 * rng.randint(2, width // 2 - 1) if partly else width
-    heads = rng.randint(2, 5), rng.randint(1, 3)
+    heads = rng.randint(2, 5), rng.randint(2, 3)
     tensors = {}
     for name, count in zip("qk", heads, strict=True):
         shape = (batch, length, count, width) if transposed else (batch, count, length, width)
