@@ -39,7 +39,7 @@ def check(kernels: Any, seed: int, dtypes: list[torch.dtype] = DTYPES) -> None:
     with pytest.MonkeyPatch.context() as patched:
         for dtype in dtypes:
             for partly, transposed in ((False, True), (True, True), (True, False)):
-                patched.setattr(module, "PAIRS", rng.choice([1, 64]))
+                patched.setattr(module, "PAIRS", 32)
                 tensors = drawn(rng, partly, transposed)
                 table = {"cos": rng.choice([dtype, torch.float32])}
                 table["sin"] = table["cos"]
