@@ -1,5 +1,8 @@
 """A gated feed-forward layer, all three of its linear layers with adapters or without, as one node of autograd."""
 
+# pyright: reportCallIssue=false, reportIncompatibleMethodOverride=false, reportReturnType=false
+# Options of a launch are no parameters of a kernel, and autograd's functions have parameters of their own.
+
 from __future__ import annotations
 
 from collections.abc import Sequence

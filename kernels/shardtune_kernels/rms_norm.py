@@ -1,5 +1,8 @@
 """Root mean square normalization."""
 
+# pyright: reportCallIssue=false, reportIncompatibleMethodOverride=false, reportReturnType=false
+# Options of a launch are no parameters of a kernel, and autograd's functions have parameters of their own.
+
 from __future__ import annotations
 
 from typing import Any

@@ -1,5 +1,8 @@
 """Rotary positions."""
 
+# pyright: reportCallIssue=false, reportIncompatibleMethodOverride=false, reportReturnType=false
+# Options of a launch are no parameters of a kernel, and autograd's functions have parameters of their own.
+
 from __future__ import annotations
 
 from typing import Any
@@ -58,9 +61,9 @@ class _Rope(torch.autograd.Function):
         cos, sin = ctx.saved_tensors
         given, turned = [], []
         for gradient, needed, dtype in zip((dq, dk), ctx.needs_input_grad, ctx.dtypes, strict=False):
-            wanted = gradient is not None and needed
-            given.append(_in_rows(gradient) if wanted else None)
-            turned.append(_empty_as(gradient, dtype) if wanted else None)
+            used = gradient if needed else None
+            given.append(None if used is None else _in_rows(used))
+            turned.append(None if used is None else _empty_as(used, dtype))
         _rotate(given[0], turned[0], given[1], turned[1], _in_rows(cos), _in_rows(sin), True)
         return turned[0], turned[1], None, None
 
