@@ -180,7 +180,8 @@ def dropped_down(xa: Tensor, x: Tensor, a: Tensor, seeds: Tensor, width: int, dr
     for first, layers, chosen in _groups(drawn, width):
         _down_kernel[(triton.cdiv(m, ROWS),)](
             x, a, xa, m, k, x.stride(0), len(a), first, width, dropped, scale, *chosen,
-            P=layers, R=power_of_two(width), BM=ROWS, BK=COLUMNS, DOT=dot_type(x.dtype), num_warps=4, num_stages=3,
+            P=layers, R=power_of_two(width), BM=ROWS, BK=COLUMNS, DOT=dot_type(x.dtype),
+            num_warps=_warps_of_down(layers), num_stages=3,
         )  # fmt: skip
 
 
@@ -254,6 +255,11 @@ def rows_of_a_chunk(m: int, blocks: int) -> int:
     return triton.cdiv(triton.cdiv(m, max(1, PROGRAMS // blocks)), ROWS) * ROWS
 
 
+def _warps_of_down(layers: int) -> int:
+    """The masks of several layers do not fit the registers of four."""
+    return 4 if layers == 1 else 8
+
+
 def _groups(seeds: list[int], width: int) -> list[tuple[int, int, list[int]]]:
     """Layers that one kernel reads x for: their first column, their number, and three seeds."""
     at_once = max(1, min(3, WIDEST // power_of_two(width)))
@@ -276,7 +282,7 @@ BUILDS = [
             f"lora_linear down of {layers}, rank {rank}", _down_kernel,
             {"x_ptr": "*{dtype}", "a_ptr": "*{dtype}", "xa_ptr": "*{dtype}", **_OF_X, "scale": "fp32", **_SEEDS},
             {"P": layers, "R": rank, "BM": ROWS, "BK": COLUMNS, "DOT": "{dtype}"},
-            num_warps=4, num_stages=3, aligned=("k", "x_stride", "total", "width"),
+            num_warps=_warps_of_down(layers), num_stages=3, aligned=("k", "x_stride", "total", "width"),
         )
         for layers, rank in ((1, 16), (3, 16), (1, 64))
     ),

@@ -8,7 +8,7 @@ Adapters that read one x are stacked: `a` [p·r, k] holds the A of p layers one 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,10 @@ from shardtune_kernels._launch import on_triton
 from shardtune_kernels.dropout import draw_mask
 from shardtune_kernels.weights import FourBitWeight
 
+FOUR_BIT_ROWS = 1024
+"""Up to so many rows of x `four_bit` chooses how to multiply by a weight in four bits."""
+_FOUR_BIT_PRODUCT: Any = getattr(four_bit, "four_bit_product", None)
+_FOUR_BIT_TRANSPOSED: Any = getattr(four_bit, "four_bit_transposed_product", None)
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -42,6 +46,9 @@ def dense(weight: Tensor | FourBitWeight, dtype: torch.dtype) -> Tensor:
 
 def base_product(x: Tensor, weight: Tensor | FourBitWeight, y: Tensor | None, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ [m, n], added to y in place where there is one, which is read as the product is written; else + bias."""
+    if _takes_four_bits(x, weight):
+        product = _FOUR_BIT_PRODUCT(x, weight)
+        return product if y is None and bias is None else product.add_(bias if y is None else y)
     transposed = dense(weight, x.dtype).t()
     if y is not None:
         return y.addmm_(x, transposed)
@@ -50,8 +57,17 @@ def base_product(x: Tensor, weight: Tensor | FourBitWeight, y: Tensor | None, bi
 
 def base_product_backward(dy: Tensor, weight: Tensor | FourBitWeight, dx: Tensor | None) -> Tensor:
     """dy W [m, k], added to dx in place where there is one."""
+    if _takes_four_bits(dy, weight):
+        product = _FOUR_BIT_TRANSPOSED(dy, weight)
+        return product if dx is None else dx.add_(product)
     matrix = dense(weight, dy.dtype)
     return torch.mm(dy, matrix) if dx is None else dx.addmm_(dy, matrix)
+
+
+def _takes_four_bits(x: Tensor, weight: Tensor | FourBitWeight) -> bool:
+    """Whether a product dequantizes on the way. With many rows dequantizing costs little beside it, and one more pass
+    over what it is added to would cost more."""
+    return isinstance(weight, FourBitWeight) and _FOUR_BIT_PRODUCT is not None and len(x) <= FOUR_BIT_ROWS
 
 
 def scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
@@ -83,7 +99,7 @@ def down(x: Tensor, a: Tensor, dropout: Dropout | None) -> Tensor:
         return torch.mm(x, a.t())
     xa = x.new_empty((x.shape[0], a.shape[0]))
     if _has_kernels(x):
-        kernels.dropped_down(xa, x, a, *_parts(a, dropout))
+        kernels.dropped_down(xa, x, a.contiguous(), *_parts(a, dropout))
         return xa
     for index, layer in enumerate(_layers(a, dropout)):
         xa[:, layer] = scaled_product(_dropped(x, dropout, index), a[layer].t(), dropout.scale)
@@ -107,9 +123,9 @@ def down_gradients(
         return torch.mm(dyb, a) if needs_dx else None, torch.mm(dyb.t(), x) if needs_da and x is not None else None
     assert x is not None
     dx = x.new_empty(x.shape) if needs_dx else None
-    da = torch.empty_like(a) if needs_da else None
+    da = x.new_empty(a.shape) if needs_da else None
     if _has_kernels(x):
-        kernels.dropped_down_gradients(dx, da, x, a, dyb, *_parts(a, dropout))
+        kernels.dropped_down_gradients(dx, da, x, a.contiguous(), dyb.contiguous(), *_parts(a, dropout))
         return dx, da
     for index, layer in enumerate(_layers(a, dropout)):
         kept, own = _mask(x, dropout, index), dyb[:, layer]
@@ -128,7 +144,7 @@ def up_gradients(
     that is less than to write and read the parts of the sums."""
     (m, n), r = dy.shape, b.shape[1]
     if _has_kernels(dy) and needs_dyb and xa is not None and kernels.up_gradients_pay(m, n, r, dy.dtype.itemsize):
-        dyb, db = dy.new_empty((m, r)), torch.empty_like(b, memory_format=torch.contiguous_format)
+        dyb, db = dy.new_empty((m, r)), b.new_empty(b.shape)
         kernels.up_gradients(dyb, db, unit_stride(dy), b.to(dy.dtype).contiguous(), xa, scale)
         return dyb, db
     own = b if b.dtype == dy.dtype else b.to(dy.dtype)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from shardtune_kernels import _lora_products as products
+from shardtune_kernels._lora_flat import is_flat, lora_linear_flat
 from shardtune_kernels._lora_kernels import BUILDS as BUILDS
 from shardtune_kernels.dropout import draw_seed as draw_seed
 from shardtune_kernels.dropout import draw_seeds, dropped_steps
@@ -24,10 +25,16 @@ def lora_linear(x: Tensor, w: LoraWeights, dropout: float = 0.0, seed: int | Non
 
     Dropout (Srivastava et al. 2014) is drawn from `seed`, or from one of torch's random stream of the CPU, and once
     more in the backward: `dropout.dropout_mask(seed, dropout, x.shape, x.device)` is what was kept. Computed in the
-    dtype of x; gradients, of x and of each tensor of `w` that is trained, have the dtypes of what they are of. Saved
-    for backward are x and x Aᵀ [..., r]; weights are looked at again. Without an adapter (`w.a` is None) it is a plain
-    linear layer. Raises ValueError for shapes that do not fit, and unless 0 <= dropout < 1.
+    dtype of x, or of autocast; the gradients of x and of what is trained of `w` have the dtypes of these. Saved for
+    backward are x and drop(x) Aᵀ [..., r]; weights are looked at again. Without an adapter (`w.a` is None) it is a
+    plain linear layer. Raises ValueError for shapes that do not fit, and unless 0 <= dropout < 1.
     """
+    if is_flat(x, w, dropout):
+        try:
+            return lora_linear_flat(x, w)
+        except RuntimeError:
+            _check(x, w)
+            raise
     (y,) = lora_qkv(x, (w,), dropout, None if seed is None else (seed,))
     return y
 
@@ -40,6 +47,10 @@ def lora_qkv(
     The adapters' A are applied together, x read once; each has a mask of its own, of `seeds[i]`, and the gradients of
     x are summed in one buffer.
     """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return lora_qkv(x.to(torch.get_autocast_dtype(device)), weights, dropout, seeds)
     scales, quantized, tensors = [], [], []
     for w in weights:
         _check(x, w)
@@ -81,10 +92,10 @@ class _LoraLinears(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, seeds: Tensor | None, settings: _Settings, *tensors: Tensor | None) -> Any:
         ctx.set_materialize_grads(False)
         layers = _layers(settings, tensors)
-        x_mk = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        x_mk = products.unit_stride(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]))
         dropout = _dropout(settings, seeds)
         a, rank = _stacked_a(layers, x.dtype, dropout)
-        xa = None if a is None else products.down(products.unit_stride(x_mk), a, dropout)
+        xa = None if a is None else products.down(x_mk, a, dropout)
         outputs, column = [], 0
         for w in layers:
             y = None
