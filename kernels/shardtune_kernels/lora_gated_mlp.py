@@ -41,11 +41,16 @@ def lora_gated_mlp(
     one that is trained.
 
     `dropout` is of the inputs of the adapters, each with its own mask, drawn from the three `seeds`, or from torch's
-    random stream of the CPU; x of gate and up, h [m, f] of down. Adapters may be missing.
+    random stream of the CPU; x of gate and up, h [m, f] of down. Adapters may be missing. Computed in the dtype of x,
+    or of autocast.
 
     Raises:
         ValueError: an unknown activation, shapes that do not fit, or not 0 <= dropout < 1.
     """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return lora_gated_mlp(x.to(torch.get_autocast_dtype(device)), gate, up, down, activation, dropout, seeds)
     if activation not in reference.ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}, not {activation!r}")
     _check(x, gate)
@@ -81,7 +86,7 @@ class _LoraGatedMlp(torch.autograd.Function):
         ctx: Any, x: Tensor, seeds: Tensor | None, settings: _Settings, activation: str, *tensors: Tensor | None
     ) -> Tensor:
         layers = _layers(settings, tensors)
-        x_md = x.reshape(-1, x.shape[-1])
+        x_md = products.unit_stride(x.reshape(-1, x.shape[-1]))
         (gate, up), xa = _outputs(x_md, layers[:2], _dropout_of(settings, seeds, layers, (0, 1)))
         h = activated(gate, up, activation)
         (y,), ha = _outputs(h, layers[2:], _dropout_of(settings, seeds, layers, (2,)))

@@ -177,6 +177,17 @@ def test_weights_may_be_gathered_anew_between_forward_and_backward() -> None:
         torch.testing.assert_close(first, second)
 
 
+def test_under_autocast_it_is_computed_in_its_dtype() -> None:
+    torch.manual_seed(0)
+    tensors = {n: t.float().to(DEVICE) for n, t in drawn(random.Random(8), (True, True, True), False).items()}
+    weights = layers(tensors)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        got = shardtune_kernels.lora_gated_mlp(tensors["x"], *weights)
+    wanted = shardtune_kernels.lora_gated_mlp(tensors["x"].bfloat16(), *weights)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got, wanted)
+
+
 def test_a_second_backward_is_an_error() -> None:
     tensors = {n: t.float().to(DEVICE) for n, t in drawn(random.Random(5), (True, True, True), False).items()}
     y = shardtune_kernels.lora_gated_mlp(tensors.pop("x").requires_grad_(), *layers(tensors)).sum()
