@@ -45,7 +45,7 @@ def agree(
         if value is None or not value.is_floating_point():
             rounded[name] = None if value is None else value.to(DEVICE)
         else:
-            rounded[name] = value.to(DEVICE, (dtypes or {}).get(name, dtype))
+            rounded[name] = _like(value, (dtypes or {}).get(name, dtype))
     needed = [
         name for name, value in rounded.items()
         if value is not None and value.is_floating_point() and (trained or {}).get(name, True)
@@ -92,9 +92,10 @@ def _run(function: Callable[..., Outputs], given: Mapping[str, Any], needed: lis
     return found
 
 
-def _like(value: Tensor) -> Tensor:
-    """A copy with the same strides, so that what was not contiguous stays so."""
-    if value.is_contiguous():
-        return value.detach().clone()
-    copy = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+def _like(value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy with the same strides, so that what was not contiguous stays so; `Tensor.to` closes gaps."""
+    dtype = value.dtype if dtype is None else dtype
+    if value.is_contiguous() or 0 in value.stride():
+        return value.detach().to(DEVICE, dtype, copy=True)
+    copy = torch.empty_strided(value.shape, value.stride(), dtype=dtype, device=DEVICE)
     return copy.copy_(value.detach())

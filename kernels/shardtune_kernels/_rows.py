@@ -1,0 +1,44 @@
+"""What ops on rows [m, d] share: rows as they lie in memory, and the tiles that programs take of them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from shardtune_kernels._launch import power_of_two
+
+ELEMENTS_OF_A_WARP = 512
+"""16 of a thread: two loads of 16 bytes from each operand in 16 bits."""
+
+
+class Tile(NamedTuple):
+    """Of a program."""
+
+    rows: int
+    block: int
+    """Columns at a time."""
+    warps: int
+    whole: bool
+    """A row is one block, so it is read once."""
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x [..., d] as [m, d], a view where the rows are apart from each other by one stride, else a copy."""
+    rows = x.reshape(x.numel() // max(x.shape[-1], 1), x.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] <= 1 else rows.contiguous()
+
+
+def tile_of(width: int, widest: int) -> Tile:
+    """Short rows several at once, up to `widest` columns one, wider rows in blocks of 8192."""
+    if width > widest:
+        return Tile(1, min(widest, 8192), min(widest, 8192) // ELEMENTS_OF_A_WARP, False)
+    block = power_of_two(width)
+    rows = max(1, 4 * ELEMENTS_OF_A_WARP // block)
+    return Tile(rows, block, rows * block // ELEMENTS_OF_A_WARP, True)
+
+
+def summing_programs(rows: int, width: int) -> int:
+    """How many programs sum gradients of weights over rows, each into a row of its own: as many warps in all (4096,
+    31 of each of 132 processors) whatever the width, and the same on every GPU, so that sums are, too."""
+    return min(rows, 1024 if width <= 2048 else 512 if width <= 4096 else 256)
