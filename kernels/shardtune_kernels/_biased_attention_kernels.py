@@ -88,19 +88,28 @@ def _key_parts(
 
 @triton.jit
 def _scores(
-    products, columns, positions, diagonals, scale, far, NEAR: tl.constexpr, BIAS: tl.constexpr, CAUSAL: tl.constexpr,
+    products, columns, positions, lowest, diagonals, scale, is_near, far, BIAS: tl.constexpr, CAUSAL: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr,
 ):  # fmt: skip
-    """scale · products + bias, -inf where the causal mask hides; columns and positions spread over the block."""
+    """scale · products + bias, -inf where the causal mask hides; columns and positions spread over the block.
+
+    `lowest`: the least of the distances. Those of a block are few: they are loaded once and looked up from there.
+    """
     scores = products * scale
-    if BIAS:
-        if NEAR:
-            distances = _clamp(columns - positions, -LEFT, RIGHT)
-            scores += tl.load(diagonals + (distances + LEFT))
+    if BIAS or CAUSAL:
+        if is_near:
+            distances = columns - positions
+            if BIAS:
+                M: tl.constexpr = products.shape[0]
+                N: tl.constexpr = products.shape[1]
+                window = lowest + tl.arange(0, 2 * (M if M > N else N))
+                window = tl.load(diagonals + (_clamp(window, -LEFT, RIGHT) + LEFT))
+                picked = tl.gather(window, tl.reshape(distances - lowest, (M * N,)), 0)
+                scores += tl.reshape(picked, (M, N))
+            if CAUSAL:
+                scores = tl.where(distances <= 0, scores, float("-inf"))
         else:
             scores += far
-    if CAUSAL and NEAR:
-        scores = tl.where(columns <= positions, scores, float("-inf"))
     return scores
 
 
@@ -131,24 +140,28 @@ def _hide(scores, inside, shown, SHOWN: tl.constexpr, WHOLE_KEYS: tl.constexpr):
 
 @triton.jit
 def _attend(
-    acc, top, total, q_md, k, v, shown, diagonals, first, last, positions, rows, plane, first_k, keys, lead, d,
-    k_stride, v_stride, scale, far, seed, threshold, keep_scale,
-    NEAR: tl.constexpr, BIAS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, CAUSAL: tl.constexpr,
+    acc, top, total, q_md, k, v, shown, diagonals, near, right, end, first_position, rows, plane, first_k, keys, lead, d,
+    k_stride, v_stride, scale, left_far, right_far, seed, threshold, keep_scale,
+    BIAS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, CAUSAL: tl.constexpr,
     SHOWN: tl.constexpr, DROPOUT: tl.constexpr, WHOLE_KEYS: tl.constexpr, WHOLE_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Goes over the blocks of keys from `first` to `last`: sum of p v, largest score and sum of p of each query."""
+    """Goes over the blocks of keys: sum of p v, largest score and sum of p of each query."""
     own, dims = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    for block in range(first, last):
+    positions = first_position + tl.arange(0, BLOCK_M)
+    for block in range(0, end):
         start = block * BLOCK_N - lead
         columns = start + own
         inside = (columns >= 0) & (columns < keys)
         offset = start.to(tl.int64)
         k_nd = _rows_of(k + offset * k_stride, own, dims, k_stride, inside, d, WHOLE_KEYS, WHOLE_D)
         products = tl.dot(q_md, tl.trans(k_nd.to(DOT)), input_precision="ieee", out_dtype=tl.float32)
+        is_near = (block >= near) & (block < right)
+        far = tl.where(block < near, left_far, right_far)
         scores = _scores(
-            products, columns[None, :], positions[:, None], diagonals, scale, far, NEAR, BIAS, CAUSAL, LEFT, RIGHT
-        )
+            products, columns[None, :], positions[:, None], start - first_position - BLOCK_M + 1, diagonals, scale, is_near,
+            far, BIAS, CAUSAL, LEFT, RIGHT,
+        )  # fmt: skip
         scores = _hide(scores, inside, shown + columns, SHOWN, WHOLE_KEYS)
         highest = tl.maximum(top, tl.max(scores, 1))
         finite = highest
@@ -162,7 +175,7 @@ def _attend(
             p = tl.where(kept, p * keep_scale, 0.0)
         v_nd = _rows_of(v + offset * v_stride, own, dims, v_stride, inside, d, WHOLE_KEYS, WHOLE_D)
         acc = acc * shrink[:, None]
-        acc = tl.dot(p.to(v_nd.dtype).to(DOT), v_nd.to(DOT), acc, input_precision="ieee", out_dtype=tl.float32)
+        acc = tl.dot(p.to(DOT), v_nd.to(DOT), acc, input_precision="ieee", out_dtype=tl.float32)
         top = highest
     return acc, top, total
 
@@ -199,7 +212,6 @@ def attention_forward(
         own, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
         there = first + own < own_queries
         start = first + own_keys - own_queries
-        positions = start + own
         near, right, end = _key_parts(start, own_keys, lead, BLOCK_M, BLOCK_N, LEFT, RIGHT, BIAS, CAUSAL)
         q_md = _rows_of(q, own, dims, q_s, there, d, False, WHOLE_D).to(DOT)
         acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -209,22 +221,10 @@ def attention_forward(
         if BIAS:
             left_far, right_far = tl.load(diagonals), tl.load(diagonals + LEFT + RIGHT)
         acc, top, total = _attend(
-            acc, top, total, q_md, k, v, shown, diagonals, 0, near, positions, row + own, plane, first_k, own_keys,
-            lead, d, k_s, v_s, scale, left_far, seed, threshold, keep_scale,
-            False, BIAS, LEFT, RIGHT, CAUSAL, SHOWN, DROPOUT, WHOLE_KEYS, WHOLE_D, BLOCK_M, BLOCK_N, BLOCK_D, DOT,
+            acc, top, total, q_md, k, v, shown, diagonals, near, right, end, start, row + own, plane, first_k,
+            own_keys, lead, d, k_s, v_s, scale, left_far, right_far, seed, threshold, keep_scale,
+            BIAS, LEFT, RIGHT, CAUSAL, SHOWN, DROPOUT, WHOLE_KEYS, WHOLE_D, BLOCK_M, BLOCK_N, BLOCK_D, DOT,
         )  # fmt: skip
-        if BIAS or CAUSAL:
-            acc, top, total = _attend(
-                acc, top, total, q_md, k, v, shown, diagonals, near, right, positions, row + own, plane, first_k,
-                own_keys, lead, d, k_s, v_s, scale, 0.0, seed, threshold, keep_scale,
-                True, BIAS, LEFT, RIGHT, CAUSAL, SHOWN, DROPOUT, WHOLE_KEYS, WHOLE_D, BLOCK_M, BLOCK_N, BLOCK_D, DOT,
-            )  # fmt: skip
-        if BIAS and not CAUSAL:
-            acc, top, total = _attend(
-                acc, top, total, q_md, k, v, shown, diagonals, right, end, positions, row + own, plane, first_k,
-                own_keys, lead, d, k_s, v_s, scale, right_far, seed, threshold, keep_scale,
-                False, BIAS, LEFT, RIGHT, CAUSAL, SHOWN, DROPOUT, WHOLE_KEYS, WHOLE_D, BLOCK_M, BLOCK_N, BLOCK_D, DOT,
-            )  # fmt: skip
         sees = total > 0
         acc = acc * tl.where(sees, 1.0 / tl.where(sees, total, 1.0), 0.0)[:, None]
         logs = tl.where(sees, top + tl.log2(tl.where(sees, total, 1.0)), float("inf"))
@@ -252,20 +252,23 @@ def _store_diagonals(partial, sums, distances, left, right, LEFT: tl.constexpr, 
 
 @triton.jit
 def _q_part(
-    dq, tail, left, right, q_md, do_md, k, v, shown, diagonals, partial, logs, delta, first, last, start, positions,
-    rows, plane, first_k, keys, lead, d, k_stride, v_stride, scale, far, seed, threshold, keep_scale,
+    dq, q_md, do_md, k, v, shown, diagonals, partial, logs, delta, near, right, end, first_position, rows, plane,
+    first_k, keys, lead, d, k_stride, v_stride, scale, left_far, right_far, seed, threshold, keep_scale,
     NEEDS_Q: tl.constexpr, NEEDS_BIAS: tl.constexpr,
-    NEAR: tl.constexpr, BIAS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, CAUSAL: tl.constexpr,
+    BIAS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, CAUSAL: tl.constexpr,
     SHOWN: tl.constexpr, DROPOUT: tl.constexpr, WHOLE_KEYS: tl.constexpr, WHOLE_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Goes over blocks of keys: dq += dS k, and the sums of dS: of distant blocks a row's, `tail`; of near ones each
-    diagonal's, stored in `partial`, what lies beyond it in `left` and `right`."""
+    """Goes over the blocks of keys: dq += dS k; and the sums of dS over each diagonal go to `partial`, those of the
+    distances that have one number together."""
     own_m, own, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    positions = first_position + own_m
     TURNS: tl.constexpr = 2 if BLOCK_M > BLOCK_N else 1
     waiting = tl.zeros((BLOCK_N,), tl.float32)
     later = tl.zeros((BLOCK_N,), tl.float32)
-    for block in range(first, last):
+    left_rows, right_rows = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
+    left_sum, right_sum = tl.zeros((), tl.float32), tl.zeros((), tl.float32)
+    for block in range(0, end):
         place = block * BLOCK_N - lead
         columns = place + own
         inside = (columns >= 0) & (columns < keys)
@@ -273,9 +276,12 @@ def _q_part(
         k_nd = _rows_of(k + offset * k_stride, own, dims, k_stride, inside, d, WHOLE_KEYS, WHOLE_D)
         v_nd = _rows_of(v + offset * v_stride, own, dims, v_stride, inside, d, WHOLE_KEYS, WHOLE_D)
         products = tl.dot(q_md, tl.trans(k_nd.to(DOT)), input_precision="ieee", out_dtype=tl.float32)
+        is_near = (block >= near) & (block < right)
+        far = tl.where(block < near, left_far, right_far)
         scores = _scores(
-            products, columns[None, :], positions[:, None], diagonals, scale, far, NEAR, BIAS, CAUSAL, LEFT, RIGHT
-        )
+            products, columns[None, :], positions[:, None], place - first_position - BLOCK_M + 1, diagonals, scale, is_near,
+            far, BIAS, CAUSAL, LEFT, RIGHT,
+        )  # fmt: skip
         scores = _hide(scores, inside, shown + columns, SHOWN, WHOLE_KEYS)
         p = tl.exp2(scores - logs[:, None])
         dp = tl.dot(do_md, tl.trans(v_nd.to(DOT)), input_precision="ieee", out_dtype=tl.float32)
@@ -284,26 +290,32 @@ def _q_part(
             dp = tl.where(kept, dp * keep_scale, 0.0)
         ds = p * (dp - delta[:, None])
         if NEEDS_Q:
-            dq = tl.dot(ds.to(k_nd.dtype).to(DOT), k_nd.to(DOT), dq, input_precision="ieee", out_dtype=tl.float32)
-        if NEEDS_BIAS and not NEAR:
-            tail += tl.sum(ds, 1)
-        if NEEDS_BIAS and NEAR:
-            # a diagonal crosses up to three blocks of keys (BLOCK_M ≤ 2 BLOCK_N): its sum is whole with the last one
-            sums = _add_up_diagonals(ds, own_m, BLOCK_N, 0)
-            whole = later + _add_up_diagonals(ds, own_m, BLOCK_N, TURNS)
-            if TURNS == 2:
-                later = waiting + _add_up_diagonals(ds, own_m, BLOCK_N, 1)
-                waiting = sums
+            dq = tl.dot(ds.to(DOT), k_nd.to(DOT), dq, input_precision="ieee", out_dtype=tl.float32)
+        if NEEDS_BIAS:
+            if is_near:
+                # a diagonal crosses up to TURNS + 1 blocks of keys: its sum is whole with the last one
+                sums = _add_up_diagonals(ds, own_m, BLOCK_N, 0)
+                whole = later + _add_up_diagonals(ds, own_m, BLOCK_N, TURNS)
+                if TURNS == 2:
+                    later = waiting + _add_up_diagonals(ds, own_m, BLOCK_N, 1)
+                    waiting = sums
+                else:
+                    later = sums
+                distances = place - first_position - TURNS * BLOCK_N + own
+                left_sum, right_sum = _store_diagonals(partial, whole, distances, left_sum, right_sum, LEFT, RIGHT)
             else:
-                later = sums
-            distances = place - start - TURNS * BLOCK_N + own
-            left, right = _store_diagonals(partial, whole, distances, left, right, LEFT, RIGHT)
-    if NEEDS_BIAS and NEAR:
-        distances = last * BLOCK_N - lead - start - TURNS * BLOCK_N + own
-        left, right = _store_diagonals(partial, later, distances, left, right, LEFT, RIGHT)
+                added = tl.sum(ds, 1)
+                left_rows += tl.where(block < near, added, 0.0)
+                right_rows += tl.where(block < near, 0.0, added)
+    if NEEDS_BIAS:
+        distances = right * BLOCK_N - lead - first_position - TURNS * BLOCK_N + own
+        left_sum, right_sum = _store_diagonals(partial, later, distances, left_sum, right_sum, LEFT, RIGHT)
         if TURNS == 2:
-            left, right = _store_diagonals(partial, waiting, distances + BLOCK_N, left, right, LEFT, RIGHT)
-    return dq, tail, left, right
+            distances += BLOCK_N
+            left_sum, right_sum = _store_diagonals(partial, waiting, distances, left_sum, right_sum, LEFT, RIGHT)
+        tl.store(partial, left_sum + tl.sum(left_rows, 0))
+        tl.store(partial + LEFT + RIGHT, right_sum + tl.sum(right_rows, 0))
+    return dq
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -359,40 +371,18 @@ def attention_backward_q(
                 slot = first_q // BLOCK_M + sequence + block
             partials += (slot * heads + head) * (LEFT + RIGHT + 1)
             start = first + own_keys - own_queries
-            positions = start + own
-            near, right_end, end = _key_parts(start, own_keys, lead, BLOCK_M, BLOCK_N, LEFT, RIGHT, BIAS, CAUSAL)
+            near, right, end = _key_parts(start, own_keys, lead, BLOCK_M, BLOCK_N, LEFT, RIGHT, BIAS, CAUSAL)
             q_md = _rows_of(q, own, dims, q_s, there, d, False, WHOLE_D).to(DOT)
             do_md = do_md.to(DOT)
             acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-            left_tail = tl.zeros((BLOCK_M,), tl.float32)
-            right_tail = tl.zeros((BLOCK_M,), tl.float32)
-            left, right = tl.zeros((), tl.float32), tl.zeros((), tl.float32)
             left_far, right_far = 0.0, 0.0
             if BIAS:
                 left_far, right_far = tl.load(diagonals), tl.load(diagonals + LEFT + RIGHT)
-            acc, left_tail, left, right = _q_part(
-                acc, left_tail, left, right, q_md, do_md, k, v, shown, diagonals, partials, logs, delta, 0, near,
-                start, positions, row + own, plane, first_k, own_keys, lead, d, k_s, v_s, scale, left_far, seed,
-                threshold, keep_scale, NEEDS_Q, NEEDS_BIAS, False, BIAS, LEFT, RIGHT, CAUSAL, SHOWN, DROPOUT,
-                WHOLE_KEYS, WHOLE_D, BLOCK_M, BLOCK_N, BLOCK_D, DOT,
+            acc = _q_part(
+                acc, q_md, do_md, k, v, shown, diagonals, partials, logs, delta, near, right, end, start, row + own, plane, first_k, own_keys, lead, d, k_s, v_s, scale, left_far, right_far, seed, threshold,
+                keep_scale, NEEDS_Q, NEEDS_BIAS, BIAS, LEFT, RIGHT, CAUSAL, SHOWN, DROPOUT, WHOLE_KEYS, WHOLE_D,
+                BLOCK_M, BLOCK_N, BLOCK_D, DOT,
             )  # fmt: skip
-            if BIAS or CAUSAL:
-                acc, left_tail, left, right = _q_part(
-                    acc, left_tail, left, right, q_md, do_md, k, v, shown, diagonals, partials, logs, delta, near,
-                    right_end, start, positions, row + own, plane, first_k, own_keys, lead, d, k_s, v_s, scale, 0.0,
-                    seed, threshold, keep_scale, NEEDS_Q, NEEDS_BIAS, True, BIAS, LEFT, RIGHT, CAUSAL, SHOWN, DROPOUT,
-                    WHOLE_KEYS, WHOLE_D, BLOCK_M, BLOCK_N, BLOCK_D, DOT,
-                )  # fmt: skip
-            if BIAS and not CAUSAL:
-                acc, right_tail, left, right = _q_part(
-                    acc, right_tail, left, right, q_md, do_md, k, v, shown, diagonals, partials, logs, delta,
-                    right_end, end, start, positions, row + own, plane, first_k, own_keys, lead, d, k_s, v_s, scale,
-                    right_far, seed, threshold, keep_scale, NEEDS_Q, NEEDS_BIAS, False, BIAS, LEFT, RIGHT, CAUSAL,
-                    SHOWN, DROPOUT, WHOLE_KEYS, WHOLE_D, BLOCK_M, BLOCK_N, BLOCK_D, DOT,
-                )  # fmt: skip
-            if NEEDS_BIAS:
-                tl.store(partials, left + tl.sum(left_tail, 0))
-                tl.store(partials + LEFT + RIGHT, right + tl.sum(right_tail, 0))
             if NEEDS_Q:
                 places = dq + own[:, None] * dq_s + dims[None, :]
                 acc = (acc * q_scale).to(dq.dtype.element_ty)
@@ -401,16 +391,17 @@ def attention_backward_q(
 
 @triton.jit
 def _key_part(
-    dk, dv, k_nd, v_nd, q, grad, lse, deltas, diagonals, first, last, shift, columns, first_q, first_column, plane,
-    queries, d, q_stride, g_stride, scale, far, seed, threshold, keep_scale,
+    dk, dv, k_nd, v_nd, q, grad, lse, deltas, diagonals, begin, near, left, end, first, shift, first_q, first_column, plane,
+    queries, d, q_stride, g_stride, scale, left_far, right_far, seed, threshold, keep_scale,
     NEEDS_K: tl.constexpr, NEEDS_V: tl.constexpr,
-    NEAR: tl.constexpr, BIAS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, CAUSAL: tl.constexpr,
+    BIAS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr, WHOLE_QUERIES: tl.constexpr, WHOLE_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Goes over blocks of queries: dv += pᵀ grad, dk += dSᵀ q. Blocks of scores are [keys, queries] here."""
     own, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    for block in range(first, last):
+    columns = first + tl.arange(0, BLOCK_N)
+    for block in range(begin, end):
         start = block * BLOCK_M
         rows = start + own
         there = rows < queries
@@ -420,9 +411,12 @@ def _key_part(
         logs = tl.load(lse + rows, mask=there, other=float("inf"))
         products = tl.dot(k_nd, tl.trans(q_md.to(DOT)), input_precision="ieee", out_dtype=tl.float32)
         positions = rows + shift
+        is_near = (block >= near) & (block < left)
+        far = tl.where(block < near, right_far, left_far)
         scores = _scores(
-            products, columns[:, None], positions[None, :], diagonals, scale, far, NEAR, BIAS, CAUSAL, LEFT, RIGHT
-        )
+            products, columns[:, None], positions[None, :], first - shift - start - BLOCK_M + 1, diagonals, scale, is_near,
+            far, BIAS, CAUSAL, LEFT, RIGHT,
+        )  # fmt: skip
         p = tl.exp2(scores - logs[None, :])
         weights = p
         if DROPOUT:
@@ -430,16 +424,14 @@ def _key_part(
             kept = tl.trans(kept.to(tl.int8)) != 0
             weights = tl.where(kept, p * keep_scale, 0.0)
         if NEEDS_V:
-            dv = tl.dot(
-                weights.to(do_md.dtype).to(DOT), do_md.to(DOT), dv, input_precision="ieee", out_dtype=tl.float32
-            )
+            dv = tl.dot(weights.to(DOT), do_md.to(DOT), dv, input_precision="ieee", out_dtype=tl.float32)
         if NEEDS_K:
             delta = tl.load(deltas + rows, mask=there, other=0.0)
             dp = tl.dot(v_nd, tl.trans(do_md.to(DOT)), input_precision="ieee", out_dtype=tl.float32)
             if DROPOUT:
                 dp = tl.where(kept, dp * keep_scale, 0.0)
             ds = p * (dp - delta[None, :])
-            dk = tl.dot(ds.to(q_md.dtype).to(DOT), q_md.to(DOT), dk, input_precision="ieee", out_dtype=tl.float32)
+            dk = tl.dot(ds.to(DOT), q_md.to(DOT), dk, input_precision="ieee", out_dtype=tl.float32)
     return dk, dv
 
 
@@ -496,23 +488,11 @@ def attention_backward_kv(
         left_far, right_far = 0.0, 0.0
         if BIAS:
             left_far, right_far = tl.load(diagonals), tl.load(diagonals + LEFT + RIGHT)
-        if not CAUSAL:
-            k_acc, v_acc = _key_part(
-                k_acc, v_acc, k_nd, v_nd, q, grad, lse, deltas, diagonals, begin, near, shift, columns, first_q, row,
-                plane, own_queries, d, q_s, g_s, scale, right_far, seed, threshold, keep_scale, NEEDS_K, NEEDS_V,
-                False, BIAS, LEFT, RIGHT, CAUSAL, DROPOUT, WHOLE_QUERIES, WHOLE_D, BLOCK_M, BLOCK_N, BLOCK_D, DOT,
-            )  # fmt: skip
-        if BIAS or CAUSAL:
-            k_acc, v_acc = _key_part(
-                k_acc, v_acc, k_nd, v_nd, q, grad, lse, deltas, diagonals, near, left, shift, columns, first_q, row,
-                plane, own_queries, d, q_s, g_s, scale, 0.0, seed, threshold, keep_scale, NEEDS_K, NEEDS_V,
-                True, BIAS, LEFT, RIGHT, CAUSAL, DROPOUT, WHOLE_QUERIES, WHOLE_D, BLOCK_M, BLOCK_N, BLOCK_D, DOT,
-            )  # fmt: skip
-            k_acc, v_acc = _key_part(
-                k_acc, v_acc, k_nd, v_nd, q, grad, lse, deltas, diagonals, left, end, shift, columns, first_q, row,
-                plane, own_queries, d, q_s, g_s, scale, left_far, seed, threshold, keep_scale, NEEDS_K, NEEDS_V,
-                False, BIAS, LEFT, RIGHT, CAUSAL, DROPOUT, WHOLE_QUERIES, WHOLE_D, BLOCK_M, BLOCK_N, BLOCK_D, DOT,
-            )  # fmt: skip
+        k_acc, v_acc = _key_part(
+            k_acc, v_acc, k_nd, v_nd, q, grad, lse, deltas, diagonals, begin, near, left, end, first, shift, first_q, row,
+            plane, own_queries, d, q_s, g_s, scale, left_far, right_far, seed, threshold, keep_scale, NEEDS_K,
+            NEEDS_V, BIAS, LEFT, RIGHT, CAUSAL, DROPOUT, WHOLE_QUERIES, WHOLE_D, BLOCK_M, BLOCK_N, BLOCK_D, DOT,
+        )  # fmt: skip
         if SHOWN:
             seen = tl.load(shown + batch * keys + columns, mask=inside, other=0) != 0
             k_acc = tl.where(seen[:, None], k_acc, 0.0)

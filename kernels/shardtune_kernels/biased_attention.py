@@ -277,7 +277,7 @@ def _backward(
     )  # fmt: skip
     chance = (seed, round(dropout * CHANCES), 1 / (1 - dropout))
     if dq is not None or dk is not None or dtable is not None:
-        block_m, block_n, warps, stages = _blocks("backward_q", q, t)
+        block_m, block_n, warps, stages = _blocks("q" if dtable is None else "q and bias", q, t)
         count, blocks = _sequences(b, s, q_offsets, longest_q, block_m)
         partials = lse
         if dtable is not None:
@@ -297,7 +297,7 @@ def _backward(
             own = members == torch.arange(dtable.shape[0], device=q.device)[:, None]
             dtable.copy_((own[:, None, :] * partials.sum(0)).sum(-1))
     if dk is not None or dv is not None:
-        block_m, block_n, warps, stages = _blocks("backward_kv", q, t)
+        block_m, block_n, warps, stages = _blocks("kv, dropout" if dropout else "kv", q, t)
         # dropout may begin the blocks of a document up to 7 keys before it
         ahead = 7 if dropout and q_offsets is not None else 0
         count, blocks = _sequences(b, t, k_offsets, longest_k, block_n, ahead)
@@ -342,27 +342,33 @@ def _sequences(b: int, length: int, offsets: Tensor | None, longest: int, block:
 
 
 def _blocks(kernel: str, q: Tensor, keys: int) -> Blocks:
-    """By what fits: shared memory of 64 KB (7.5) to 99 KB (8.6, 8.9) and the registers of 8.0 and 9.0.
-
-    A block of queries reads all keys and values, from the L2 cache: 128 queries do 256 FLOP for each of their bytes.
-    """
-    m, n, warps, stages = _blocks_of(kernel, q.shape[3], q.dtype.itemsize)
+    """What is fit for a device; lengths below a block make it smaller, and the interpreter is to see many blocks."""
+    small = q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 0)
+    m, n, warps, stages = _blocks_of(kernel, q.shape[3], q.dtype.itemsize, small)
     if INTERPRETED:
         m, n = (32, 16) if q.dtype.itemsize == 2 else (16, 16)
     m, n = power_of_two(q.shape[2], 16, m), power_of_two(keys, 16, n)
-    if kernel == "backward_q":
+    if kernel == "q and bias":
         m = min(m, 2 * n)  # a diagonal crosses at most three blocks
     return m, n, warps, stages
 
 
-def _blocks_of(kernel: str, d: int, itemsize: int) -> Blocks:
+def _blocks_of(kernel: str, d: int, itemsize: int, small: bool) -> Blocks:
+    """For shared memory of 99 KB (8.6, 8.9), or 64 KB (`small`: 7.5), and the registers of 8.0 and 9.0.
+
+    A program reads the other side's rows from the L2 cache, so the side that stays is the larger one: 128 queries of
+    the forward do 128 FLOP for each byte of k and v.
+    """
     if itemsize == 4:
-        return (32, 32, 4, 1) if d <= 64 else (16, 16, 4, 1)
-    if d <= 64:
-        return {"forward": (128, 64, 8, 3), "backward_q": (128, 64, 8, 2), "backward_kv": (64, 128, 8, 2)}[kernel]
-    if d <= 128:
-        return {"forward": (64, 64, 4, 2), "backward_q": (64, 32, 4, 2), "backward_kv": (32, 64, 4, 2)}[kernel]
-    return {"forward": (32, 32, 4, 1), "backward_q": (32, 32, 4, 1), "backward_kv": (32, 32, 4, 1)}[kernel]
+        return (32, 32, 4, 1) if d <= 32 else (16, 16, 4, 1)
+    if small or d > 128:
+        return 32, 32, 4, 1
+    if d > 64:
+        return (64, 64, 4, 2) if kernel == "forward" else (32, 64, 8, 2) if kernel.startswith("kv") else (64, 32, 8, 2)
+    return {
+        "forward": (128, 64, 8, 3), "q": (128, 32, 8, 3), "q and bias": (64, 32, 4, 3), "kv": (32, 128, 8, 3),
+        "kv, dropout": (32, 64, 8, 3),
+    }[kernel]  # fmt: skip
 
 
 def _builds() -> list[Build]:
@@ -380,11 +386,12 @@ def _builds() -> list[Build]:
     def strides(*names: str) -> dict[str, str]:
         return {f"{name}_{axis}": "i32" for name in names for axis in "bhs"}
 
-    def build(name: str, kernel: Any, which: str, signature: dict[str, str], **more: Any) -> Build:
-        m, n, warps, stages = _blocks_of(which, 64, 2)
-        aligned = tuple(key for key in signature if key.endswith(("_b", "_h", "_s"))) + ("heads", "d")
+    def build(name: str, kernel: Any, which: str, signature: dict[str, str], more: dict[str, Any]) -> None:
+        small = "64 KB" in name
+        m, n, warps, stages = _blocks_of(which, 64, 2, small)
+        aligned = (*(key for key in signature if key.endswith(("_b", "_h", "_s"))), "heads", "d")
         of = constants | {"BLOCK_M": m, "BLOCK_N": n} | more
-        return Build(f"biased_attention {name}", kernel, signature, of, warps, stages, aligned)
+        found.append(Build(f"biased_attention {name}", kernel, signature, of, warps, stages, aligned))
 
     forward = pointers | {"out": "*{dtype}", "lse": "*fp32"} | strides("q", "k", "v", "o") | numbers | chance
     grad = {"grad": "*{dtype}", "lse": "*fp32", "deltas": "*fp32"}
@@ -399,20 +406,14 @@ def _builds() -> list[Build]:
             {"BLOCK_M": 64, "BLOCK_N": 64}, 4, 3,
         )
     ]  # fmt: skip
-    for what, more in (
-        ("", {}),
-        (" dropout", {"DROPOUT": True}),
-        (" causal", {"CAUSAL": True}),
-        (" documents", {"DOCUMENTS": True, "SHOWN": False, "DROPOUT": True}),
-    ):
-        whole = not more.get("DOCUMENTS", False)
-        found += [
-            build(f"forward{what}", attention_forward, "forward", forward, WHOLE_KEYS=whole, **more),
-            build(f"backward q{what}", attention_backward_q, "backward_q", of_q,
-                  WHOLE_KEYS=whole, NEEDS_Q=True, NEEDS_BIAS=True, **more),
-            build(f"backward kv{what}", attention_backward_kv, "backward_kv", of_kv,
-                  WHOLE_QUERIES=whole, NEEDS_K=True, NEEDS_V=True, **more),
-        ]  # fmt: skip
+    packed = {"DOCUMENTS": True, "SHOWN": False, "DROPOUT": True}
+    for what, more in (("", {}), (", packed, dropout", packed), (", 64 KB", {})):
+        of_keys = {"WHOLE_KEYS": not more, **more}
+        build(f"forward{what}", attention_forward, "forward", forward, of_keys)
+        for name, trained in (("q", False), ("q and bias", True)):
+            build(f"{name}{what}", attention_backward_q, name, of_q, of_keys | {"NEEDS_Q": True, "NEEDS_BIAS": trained})
+        of_queries = {"WHOLE_QUERIES": not more, "NEEDS_K": True, "NEEDS_V": True, **more}
+        build(f"kv{what}", attention_backward_kv, "kv, dropout" if "dropout" in what else "kv", of_kv, of_queries)
     return found
 
 

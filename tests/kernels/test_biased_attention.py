@@ -33,8 +33,8 @@ def check(
     """One shape at random, values and gradients."""
     attention = kernels.biased_attention
     choose = seed_everything(seed)
-    b, h, d = choose.randint(1, 2), choose.randint(1, 3), choose.choice([5, 16, 24])
-    s, t = choose.randint(30, 75), choose.randint(30, 75)
+    b, h, d = choose.randint(1, 2), choose.randint(1, 2), choose.choice([5, 16])
+    s, t = choose.randint(18, 56), choose.randint(18, 56)
     options: dict[str, Any] = {
         "bidirectional": kind in ("encoder", "documents"), "causal": kind == "decoder",
         "max_distance": choose.choice([11, 20]), "scale": choose.choice([1.0, 0.3]),
@@ -75,5 +75,5 @@ def check(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_and_gradients(kind: str, dtype: torch.dtype, dropout: float) -> None:
-    for seed in random.sample(range(10_000), 2):
+    for seed in random.sample(range(10_000), 1 if INTERPRETED else 4):
         check(shardtune_kernels, seed, kind, dtype, dropout)
