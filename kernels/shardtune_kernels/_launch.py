@@ -14,6 +14,10 @@ from torch import Tensor
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Kernels run on the CPU, one program after the other (TRITON_INTERPRET=1 when triton was first imported)."""
+if INTERPRETED:
+    from shardtune_kernels._interpreter import round_to_nearest
+
+    round_to_nearest()
 Launch = TypeVar("Launch", bound=Callable[..., None])
 
 
