@@ -175,7 +175,7 @@ def _attend(
             p = tl.where(kept, p * keep_scale, 0.0)
         v_nd = _rows_of(v + offset * v_stride, own, dims, v_stride, inside, d, WHOLE_KEYS, WHOLE_D)
         acc = acc * shrink[:, None]
-        acc = tl.dot(p.to(DOT), v_nd.to(DOT), acc, input_precision="ieee", out_dtype=tl.float32)
+        acc = tl.dot(p.to(v_nd.dtype).to(DOT), v_nd.to(DOT), acc, input_precision="ieee", out_dtype=tl.float32)
         top = highest
     return acc, top, total
 
@@ -290,7 +290,7 @@ def _q_part(
             dp = tl.where(kept, dp * keep_scale, 0.0)
         ds = p * (dp - delta[:, None])
         if NEEDS_Q:
-            dq = tl.dot(ds.to(DOT), k_nd.to(DOT), dq, input_precision="ieee", out_dtype=tl.float32)
+            dq = tl.dot(ds.to(k_nd.dtype).to(DOT), k_nd.to(DOT), dq, input_precision="ieee", out_dtype=tl.float32)
         if NEEDS_BIAS:
             if is_near:
                 # a diagonal crosses up to TURNS + 1 blocks of keys: its sum is whole with the last one
@@ -424,14 +424,15 @@ def _key_part(
             kept = tl.trans(kept.to(tl.int8)) != 0
             weights = tl.where(kept, p * keep_scale, 0.0)
         if NEEDS_V:
-            dv = tl.dot(weights.to(DOT), do_md.to(DOT), dv, input_precision="ieee", out_dtype=tl.float32)
+            weights = weights.to(do_md.dtype).to(DOT)
+            dv = tl.dot(weights, do_md.to(DOT), dv, input_precision="ieee", out_dtype=tl.float32)
         if NEEDS_K:
             delta = tl.load(deltas + rows, mask=there, other=0.0)
             dp = tl.dot(v_nd, tl.trans(do_md.to(DOT)), input_precision="ieee", out_dtype=tl.float32)
             if DROPOUT:
                 dp = tl.where(kept, dp * keep_scale, 0.0)
             ds = p * (dp - delta[None, :])
-            dk = tl.dot(ds.to(DOT), q_md.to(DOT), dk, input_precision="ieee", out_dtype=tl.float32)
+            dk = tl.dot(ds.to(q_md.dtype).to(DOT), q_md.to(DOT), dk, input_precision="ieee", out_dtype=tl.float32)
     return dk, dv
 
 

@@ -332,7 +332,9 @@ def _diagonals(table: Tensor | None, max_distance: int, bidirectional: bool) -> 
     return (table.detach().float()[members].T * LOG2_E).contiguous(), left, right
 
 
-def _sequences(b: int, length: int, offsets: Tensor | None, longest: int, block: int, ahead: int = 0) -> tuple[int, int]:
+def _sequences(
+    b: int, length: int, offsets: Tensor | None, longest: int, block: int, ahead: int = 0
+) -> tuple[int, int]:
     """How many there are: rows of the batch, or documents; and how many blocks the longest has."""
     if offsets is None:
         return b, triton.cdiv(length, block)
