@@ -44,12 +44,13 @@ def config(folder: Path, name: str, model: Path, task: str, **options: Any) -> P
     return tiny.tiny_config(folder / "configs" / name, "t5", **given)
 
 
-def train(folder: Path, configs: Sequence[Path], ranks: int) -> None:
-    """Runs them one after the other; fails with what was said where one does not come to its end."""
+def train(folder: Path, configs: Sequence[Path], ranks: int, **variables: str) -> None:
+    """Runs them one after the other, with `variables` in their environment; fails with what was said where one does
+    not come to its end."""
     start = [sys.executable, "-m"]
     if ranks > 1:
         start += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"]
-    environment = {**os.environ, "SHARDTUNE_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "SHARDTUNE_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1", **variables}
     done = subprocess.run(
         [*start, "shardtune.assemble.many", *map(str, configs)],
         env=environment, timeout=LONGEST, capture_output=True, text=True, check=False,

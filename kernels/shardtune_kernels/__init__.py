@@ -7,28 +7,17 @@ Shape legend: b batch, s length of queries, t length of keys, h heads, d width, 
 outputs, m rows (all tokens), v vocabulary, r rank of LoRA.
 """
 
-from __future__ import annotations
-
-import importlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from shardtune_kernels.biased_attention import biased_attention as biased_attention
-    from shardtune_kernels.four_bit import four_bit_linear as four_bit_linear
-    from shardtune_kernels.four_bit import nf4_dequantize as nf4_dequantize
-    from shardtune_kernels.gated_activation import gated_activation as gated_activation
-    from shardtune_kernels.layer_norm import layer_norm as layer_norm
-    from shardtune_kernels.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
-    from shardtune_kernels.lora_gated_mlp import lora_gated_mlp as lora_gated_mlp
-    from shardtune_kernels.lora_linear import lora_linear as lora_linear
-    from shardtune_kernels.lora_linear import lora_qkv as lora_qkv
-    from shardtune_kernels.padding import pack as pack
-    from shardtune_kernels.padding import pad as pad
-    from shardtune_kernels.padding import unpad as unpad
-    from shardtune_kernels.rms_norm import rms_norm as rms_norm
-    from shardtune_kernels.rope import rope as rope
-    from shardtune_kernels.weights import FourBitWeight as FourBitWeight
-    from shardtune_kernels.weights import LoraWeights as LoraWeights
+from shardtune_kernels.biased_attention import biased_attention
+from shardtune_kernels.four_bit import four_bit_linear, nf4_dequantize
+from shardtune_kernels.gated_activation import gated_activation
+from shardtune_kernels.layer_norm import layer_norm
+from shardtune_kernels.linear_cross_entropy import linear_cross_entropy
+from shardtune_kernels.lora_gated_mlp import lora_gated_mlp
+from shardtune_kernels.lora_linear import lora_linear, lora_qkv
+from shardtune_kernels.padding import pack, pad, unpad
+from shardtune_kernels.rms_norm import rms_norm
+from shardtune_kernels.rope import rope
+from shardtune_kernels.weights import FourBitWeight, LoraWeights
 
 OPS = {
     "lora_linear": "lora_linear",
@@ -47,16 +36,8 @@ OPS = {
     "pack": "padding",
 }
 """Every op and the module it is in."""
-_MODULES = {**OPS, "FourBitWeight": "weights", "LoraWeights": "weights"}
-
-
-def __getattr__(name: str) -> Any:
-    """Loads an op's module when the op is first asked for."""
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-    return globals()[name]
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES})
+__all__ = [
+    "OPS", "FourBitWeight", "LoraWeights", "biased_attention", "four_bit_linear", "gated_activation", "layer_norm",
+    "linear_cross_entropy", "lora_gated_mlp", "lora_linear", "lora_qkv", "nf4_dequantize", "pack", "pad", "rms_norm",
+    "rope", "unpad",
+]  # fmt: skip

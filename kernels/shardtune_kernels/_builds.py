@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 
@@ -21,3 +23,5 @@ class Build(NamedTuple):
     num_stages: int = 3
     aligned: tuple[str, ...] = ()
     """Arguments that are multiples of 16, beside the pointers, which all are."""
+    options: Mapping[str, Any] = MappingProxyType({})
+    """Others that Triton is given beside warps and stages, as `enable_fp_fusion`."""

@@ -31,8 +31,8 @@ def all_builds() -> list[Build]:
     return [build for module in modules for build in getattr(module, "BUILDS", [])]
 
 
-def measure(build: Build, capability: int) -> dict[str, int]:
-    """Registers of a thread, bytes spilled by a thread, bytes of shared memory of a program."""
+def compiled(build: Build, capability: int) -> Any:
+    """The kernel built for a GPU, with its assembly."""
     dtype = "bf16" if capability >= 80 else "fp16"
     constants = {k: _constant(v, dtype) for k, v in build.constants.items()}
     signature = {k: v.format(dtype=dtype) for k, v in build.signature.items()} | dict.fromkeys(constants, "constexpr")
@@ -45,10 +45,18 @@ def measure(build: Build, capability: int) -> dict[str, int]:
         build.kernel, {name: signature[name] for name in names}, {(names.index(k),): v for k, v in constants.items()},
         {(index,): [["tt.divisibility", 16]] for index in whole},
     )  # fmt: skip
-    options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    options = {"num_warps": build.num_warps, "num_stages": build.num_stages, **build.options}
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    for name, value in build.options.items():
+        assert getattr(made.metadata, name) == value, f"{build.name}: {name} did not reach the compiler"
+    return made
+
+
+def measure(build: Build, capability: int) -> dict[str, int]:
+    """Registers of a thread, bytes spilled by a thread, bytes of shared memory of a program."""
+    made = compiled(build, capability)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(made.asm["cubin"])
         file.flush()
         said = subprocess.run(
             [str(CUOBJDUMP), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
@@ -56,7 +64,7 @@ def measure(build: Build, capability: int) -> dict[str, int]:
     found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
     return {
         "registers": found["REG"], "spilled": max(found["STACK"], found["LOCAL"]),
-        "shared": compiled.metadata.shared,
+        "shared": made.metadata.shared,
     }  # fmt: skip
 
 

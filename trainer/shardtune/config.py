@@ -27,7 +27,7 @@ class ModelConfig(Section):
     """pretrained, or random: the architecture of `path` with weights drawn from `seed`."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """What the model computes in; the trained (master) weights stay float32."""
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention", "fused"] = "auto"
     """Attention implementation of transformers; auto lets the architecture choose."""
     recompute: Literal["none", "full"] = "none"
     """full: activations are recomputed in the backward pass (activation checkpointing), saving memory."""
@@ -295,11 +295,14 @@ class TrackingConfig(Section):
     """Steps between two training lines; the first and the last step always have one."""
 
 
+FusedOp = Literal["lora", "four_bit", "cross_entropy", "norm", "rope", "mlp", "attention", "padding"]
+
+
 class KernelsConfig(Section):
     """Fused kernels."""
 
-    fused: Literal["auto", "off"] = "auto"
-    """auto: every fused op that this version has and that fits the model; off: none."""
+    fused: Literal["auto", "off"] | list[FusedOp] = "auto"
+    """auto: all that fit the model and pay on the device; off: none; or a list of those wanted."""
 
 
 class Config(Section):

@@ -89,6 +89,7 @@ def train_run(
 
     devices, held = world.gather(device_name(world.device)), world.gather(list(stored(tuned.model)))
     environment = run_folder.environment(list(command_line), kind, devices) if world.is_first else {}
+    environment["fused"] = tuned.fused
     environment["stored_bytes"] = [Stored(*rank)._asdict() for rank in held]
     with ExitStack() as ends:
         ends.enter_context(_taken(folder, config, world, prepared, beginning, environment))

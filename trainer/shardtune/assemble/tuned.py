@@ -18,6 +18,8 @@ from shardtune.assemble.prepared import Prepared
 from shardtune.assemble.tunings import make_tuning
 from shardtune.config import Config
 from shardtune.errors import ConfigError
+from shardtune.fused.head import after_head
+from shardtune.fused.plan import fuse
 from shardtune.model.dropout import quicken_dropout
 from shardtune.model.packed_attention import keep_apart
 from shardtune.model.quantized import quantize_layers
@@ -40,6 +42,8 @@ class Tuned(NamedTuple):
     shapes: dict[str, torch.Size]
     """Of the trained parameters, before they are split."""
     notes: list[str]
+    fused: dict[str, int | str]
+    """Of each fused operation in how many modules it is, or why in none."""
 
 
 def tuned_model(config: Config, world: World, prepared: Prepared, saved: Saved | None = None) -> Tuned:
@@ -61,6 +65,7 @@ def tuned_model(config: Config, world: World, prepared: Prepared, saved: Saved |
         prepared.task.stop_at_turns_end(skeleton.model)
     prepared.task = of_tasks(config, prepared.task)
     dtype = DTYPES[config.model.dtype]
+    after = after_head(skeleton.model)  # while its layers are those of transformers
     if hasattr(prepared.architecture, bottleneck.SETTINGS) and (tuning.makes_adapter or tuning.quantization):
         raise ConfigError(
             f"tuning.method: {config.model.path} has bottleneck adapters, beside which PEFT's do not work; tune it by "
@@ -87,14 +92,20 @@ def tuned_model(config: Config, world: World, prepared: Prepared, saved: Saved |
         notes += taken
     if tuning.quantization is not None:
         weights = QuantizedWeights(model, weights, world.device, world.largest)
-    return Tuned(skeleton, tuning, model, weights, shapes, notes)
+    fused = fuse(model, skeleton.model, config.kernels.fused, world.device, config.model.attention, after)
+    if config.model.attention == "fused" and not isinstance(fused["attention"], int):
+        raise ConfigError(
+            f"model.attention: fused is for models with T5's relative positions; {config.model.path} has none"
+        )
+    return Tuned(skeleton, tuning, model, weights, shapes, notes, fused)
 
 
 def make_skeleton(config: Config, prepared: Prepared, path: str, pretrained: bool) -> Skeleton:
     """The model on the meta device."""
     model = config.model
     skeleton = build_skeleton(
-        prepared.architecture, path, config.task.kind, pretrained, model.attention, model.layers,
+        prepared.architecture, path, config.task.kind, pretrained,
+        "auto" if model.attention == "fused" else model.attention, model.layers,
         model.trust_remote_code,
     )  # fmt: skip
     quicken_dropout(skeleton.model)

@@ -11,6 +11,7 @@ from shardtune.assemble.prepared import Prepared
 from shardtune.assemble.steps import describe_sources
 from shardtune.assemble.tuned import Tuned
 from shardtune.config import Config
+from shardtune.fused.plan import describe
 from shardtune.world import World
 
 
@@ -29,6 +30,7 @@ def facts(config: Config, world: World, prepared: Prepared, tuned: Tuned, kind: 
         f"{kind} on {world.size} rank{'s' * (world.size > 1)} ({device_name(world.device)}), {config.model.dtype}, "
         + (f"offload: {config.strategy.offload}, " if config.strategy.offload != "none" else "")
         + f"{config.optimizer.name}; {steps}",
+        describe(tuned.fused),
         f"examples: {counts or 'a stream'}" + (f"; {len(prepared.labels):,} labels" if prepared.labels else ""),
         *describe_sources(config, prepared.tables.get("train"), prepared.train_counts),
     ]

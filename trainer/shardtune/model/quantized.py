@@ -23,6 +23,8 @@ from shardtune.quantization import Quantization
 if TYPE_CHECKING:  # takes seconds to import
     from bitsandbytes.functional import QuantState
 
+    from shardtune_kernels import FourBitWeight
+
 BLOCK, NESTED_BLOCK = 64, 256
 """Weights that share a scale, and scales that share one; bitsandbytes' defaults, which other tools load with."""
 OUTLIER = 6.0
@@ -114,6 +116,16 @@ class Linear4bit(QuantizedLinear):
         import bitsandbytes.functional as bnb
 
         return bnb.dequantize_4bit(self.weight.detach().view(torch.uint8).view(-1, 1), self._state())
+
+    def four_bit(self) -> FourBitWeight:
+        """The stored bits and scales as the fused operations read them, where they lie now."""
+        from shardtune_kernels import FourBitWeight
+
+        buffers: Any = self._buffers
+        return FourBitWeight(
+            self.weight, buffers["absmax"], (self.out_features, self.in_features), self.compute_dtype, self.kind,
+            BLOCK, buffers.get("nested_absmax"), buffers.get("offset"), NESTED_BLOCK,
+        )  # fmt: skip
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """bitsandbytes' product."""

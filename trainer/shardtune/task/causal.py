@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from shardtune.documents import make_documents, read
+from shardtune.head_loss import summed_loss
 from shardtune.protocols import IGNORED, Batch, Encoded, Generation, Text, Tokens
 from shardtune.task.tokens import generate, joined, learned, mask, pad, sum_of_cross_entropies, tokenize
 
@@ -102,7 +103,7 @@ class Causal:
         """Summed cross entropy of the target tokens, each predicted at the position before it."""
         read(batch.documents)
         if self._keeps_logits:
-            return sum_of_cross_entropies(model(**batch.inputs, use_cache=False).logits, batch.labels)
+            return summed_loss(model, batch.inputs, batch.labels, sum_of_cross_entropies)
         inputs = dict(batch.inputs)
         kept = inputs.pop("logits_to_keep")
         return sum_of_cross_entropies(model(**inputs, use_cache=False).logits[:, kept], batch.labels)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from shardtune.documents import make_documents, read
+from shardtune.head_loss import summed_loss
 from shardtune.protocols import IGNORED, Batch, Encoded, Generation, Text, Tokens
 from shardtune.task.tokens import generate, joined, mask, pad, sum_of_cross_entropies, tokenize
 
@@ -71,7 +72,7 @@ class Seq2Seq:
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         """Summed cross entropy of the target tokens."""
         read(batch.documents)
-        return sum_of_cross_entropies(model(**batch.inputs, use_cache=False).logits, batch.labels)
+        return summed_loss(model, batch.inputs, batch.labels, sum_of_cross_entropies)
 
     def predict(self, model: nn.Module, examples: Sequence[Tokens], how: Generation) -> list[str]:
         """Generated texts, without special tokens."""
