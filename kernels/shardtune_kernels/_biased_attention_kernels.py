@@ -24,7 +24,7 @@ UNSPECIALIZED = ["seed", "threshold", "queries", "keys", "blocks"]
 
 @triton.jit
 def _is_kept(seed, plane, rows, first_column, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """bool [ROWS, COLUMNS]: of `rows` and the columns from `first_column`, a multiple of 8, in the plane b · h + head."""
+    """bool [ROWS, COLUMNS]: of `rows`, and the columns from `first_column`, a multiple of 8; `plane`: b · h + head."""
     groups = (first_column // 8).to(tl.int32) + tl.arange(0, COLUMNS // 8)
     zeros = tl.zeros((ROWS, COLUMNS // 8), tl.int32)
     a, b, c, d = tl.philox(
@@ -140,8 +140,8 @@ def _hide(scores, inside, shown, SHOWN: tl.constexpr, WHOLE_KEYS: tl.constexpr):
 
 @triton.jit
 def _attend(
-    acc, top, total, q_md, k, v, shown, diagonals, near, right, end, first_position, rows, plane, first_k, keys, lead, d,
-    k_stride, v_stride, scale, left_far, right_far, seed, threshold, keep_scale,
+    acc, top, total, q_md, k, v, shown, diagonals, near, right, end, first_position, rows, plane, first_k, keys, lead,
+    d, k_stride, v_stride, scale, left_far, right_far, seed, threshold, keep_scale,
     BIAS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, CAUSAL: tl.constexpr,
     SHOWN: tl.constexpr, DROPOUT: tl.constexpr, WHOLE_KEYS: tl.constexpr, WHOLE_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
@@ -149,7 +149,7 @@ def _attend(
     """Goes over the blocks of keys: sum of p v, largest score and sum of p of each query."""
     own, dims = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     positions = first_position + tl.arange(0, BLOCK_M)
-    for block in range(0, end):
+    for block in range(end):
         start = block * BLOCK_N - lead
         columns = start + own
         inside = (columns >= 0) & (columns < keys)
@@ -159,8 +159,8 @@ def _attend(
         is_near = (block >= near) & (block < right)
         far = tl.where(block < near, left_far, right_far)
         scores = _scores(
-            products, columns[None, :], positions[:, None], start - first_position - BLOCK_M + 1, diagonals, scale, is_near,
-            far, BIAS, CAUSAL, LEFT, RIGHT,
+            products, columns[None, :], positions[:, None], start - first_position - BLOCK_M + 1, diagonals, scale,
+            is_near, far, BIAS, CAUSAL, LEFT, RIGHT,
         )  # fmt: skip
         scores = _hide(scores, inside, shown + columns, SHOWN, WHOLE_KEYS)
         highest = tl.maximum(top, tl.max(scores, 1))
@@ -268,7 +268,7 @@ def _q_part(
     later = tl.zeros((BLOCK_N,), tl.float32)
     left_rows, right_rows = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
     left_sum, right_sum = tl.zeros((), tl.float32), tl.zeros((), tl.float32)
-    for block in range(0, end):
+    for block in range(end):
         place = block * BLOCK_N - lead
         columns = place + own
         inside = (columns >= 0) & (columns < keys)
@@ -279,8 +279,8 @@ def _q_part(
         is_near = (block >= near) & (block < right)
         far = tl.where(block < near, left_far, right_far)
         scores = _scores(
-            products, columns[None, :], positions[:, None], place - first_position - BLOCK_M + 1, diagonals, scale, is_near,
-            far, BIAS, CAUSAL, LEFT, RIGHT,
+            products, columns[None, :], positions[:, None], place - first_position - BLOCK_M + 1, diagonals, scale,
+            is_near, far, BIAS, CAUSAL, LEFT, RIGHT,
         )  # fmt: skip
         scores = _hide(scores, inside, shown + columns, SHOWN, WHOLE_KEYS)
         p = tl.exp2(scores - logs[:, None])
@@ -379,9 +379,10 @@ def attention_backward_q(
             if BIAS:
                 left_far, right_far = tl.load(diagonals), tl.load(diagonals + LEFT + RIGHT)
             acc = _q_part(
-                acc, q_md, do_md, k, v, shown, diagonals, partials, logs, delta, near, right, end, start, row + own, plane, first_k, own_keys, lead, d, k_s, v_s, scale, left_far, right_far, seed, threshold,
-                keep_scale, NEEDS_Q, NEEDS_BIAS, BIAS, LEFT, RIGHT, CAUSAL, SHOWN, DROPOUT, WHOLE_KEYS, WHOLE_D,
-                BLOCK_M, BLOCK_N, BLOCK_D, DOT,
+                acc, q_md, do_md, k, v, shown, diagonals, partials, logs, delta, near, right, end, start, row + own,
+                plane, first_k, own_keys, lead, d, k_s, v_s, scale, left_far, right_far, seed, threshold, keep_scale,
+                NEEDS_Q, NEEDS_BIAS, BIAS, LEFT, RIGHT, CAUSAL, SHOWN, DROPOUT, WHOLE_KEYS, WHOLE_D, BLOCK_M, BLOCK_N,
+                BLOCK_D, DOT,
             )  # fmt: skip
             if NEEDS_Q:
                 places = dq + own[:, None] * dq_s + dims[None, :]
@@ -391,8 +392,8 @@ def attention_backward_q(
 
 @triton.jit
 def _key_part(
-    dk, dv, k_nd, v_nd, q, grad, lse, deltas, diagonals, begin, near, left, end, first, shift, first_q, first_column, plane,
-    queries, d, q_stride, g_stride, scale, left_far, right_far, seed, threshold, keep_scale,
+    dk, dv, k_nd, v_nd, q, grad, lse, deltas, diagonals, begin, near, left, end, first, shift, first_q, first_column,
+    plane, queries, d, q_stride, g_stride, scale, left_far, right_far, seed, threshold, keep_scale,
     NEEDS_K: tl.constexpr, NEEDS_V: tl.constexpr,
     BIAS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr, WHOLE_QUERIES: tl.constexpr, WHOLE_D: tl.constexpr,
@@ -414,8 +415,8 @@ def _key_part(
         is_near = (block >= near) & (block < left)
         far = tl.where(block < near, right_far, left_far)
         scores = _scores(
-            products, columns[:, None], positions[None, :], first - shift - start - BLOCK_M + 1, diagonals, scale, is_near,
-            far, BIAS, CAUSAL, LEFT, RIGHT,
+            products, columns[:, None], positions[None, :], first - shift - start - BLOCK_M + 1, diagonals, scale,
+            is_near, far, BIAS, CAUSAL, LEFT, RIGHT,
         )  # fmt: skip
         p = tl.exp2(scores - logs[None, :])
         weights = p
@@ -490,8 +491,8 @@ def attention_backward_kv(
         if BIAS:
             left_far, right_far = tl.load(diagonals), tl.load(diagonals + LEFT + RIGHT)
         k_acc, v_acc = _key_part(
-            k_acc, v_acc, k_nd, v_nd, q, grad, lse, deltas, diagonals, begin, near, left, end, first, shift, first_q, row,
-            plane, own_queries, d, q_s, g_s, scale, left_far, right_far, seed, threshold, keep_scale, NEEDS_K,
+            k_acc, v_acc, k_nd, v_nd, q, grad, lse, deltas, diagonals, begin, near, left, end, first, shift, first_q,
+            row, plane, own_queries, d, q_s, g_s, scale, left_far, right_far, seed, threshold, keep_scale, NEEDS_K,
             NEEDS_V, BIAS, LEFT, RIGHT, CAUSAL, DROPOUT, WHOLE_QUERIES, WHOLE_D, BLOCK_M, BLOCK_N, BLOCK_D, DOT,
         )  # fmt: skip
         if SHOWN:

@@ -87,7 +87,8 @@ def attention_dropout_mask(
     if on_triton(kept):
         _write_kept(kept.view(torch.uint8), seed, rate)
         return kept
-    generator = torch.Generator(device=device).manual_seed(seed)
+    folded = (seed ^ (seed >> 32) * 0x9E3779B1) & 0xFFFFFFFF  # a CPU's generator takes 32 bits
+    generator = torch.Generator(device=device).manual_seed(folded)
     return torch.rand((b, h, s, t), generator=generator, device=device) >= rate
 
 
@@ -174,9 +175,7 @@ def _plain(
 _KNOWN: dict[tuple[int, int, bool, str], tuple[Tensor, int, int]] = {}
 
 
-def _members(
-    buckets: int, max_distance: int, bidirectional: bool, device: torch.device
-) -> tuple[Tensor, int, int]:  # fmt: skip
+def _members(buckets: int, max_distance: int, bidirectional: bool, device: torch.device) -> tuple[Tensor, int, int]:
     """(bucket of each distance from -left to right, left, right), beyond which the bucket stays the same."""
     key = buckets, max_distance, bidirectional, str(device)
     if key not in _KNOWN:
