@@ -178,12 +178,14 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
 
 def relative_buckets(queries: int, keys: int, buckets: int, max_distance: int, bidirectional: bool) -> Tensor:
     """int64 [queries, keys]: which bucket the distance of a key from a query is in (Raffel et al. 2019,
-    arXiv:1910.10683, section 2.1); the last query stands at the last key.
-
-    Half of the buckets (of one direction) are for one distance each, the others grow logarithmically up to
-    `max_distance`, beyond which all is one.
-    """
+    arXiv:1910.10683, section 2.1); the last query stands at the last key."""
     distance = torch.arange(keys)[None, :] - torch.arange(keys - queries, keys)[:, None]
+    return buckets_of(distance, buckets, max_distance, bidirectional)
+
+
+def buckets_of(distance: Tensor, buckets: int, max_distance: int, bidirectional: bool) -> Tensor:
+    """int64, of the shape of `distance`, key minus query: half of the buckets (of one direction) are for one distance
+    each, the others grow logarithmically up to `max_distance`, beyond which all is one."""
     first = torch.zeros_like(distance)
     if bidirectional:
         buckets //= 2
