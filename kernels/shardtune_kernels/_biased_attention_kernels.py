@@ -12,6 +12,9 @@ easy as 1, 2, 3") are at least `threshold`. One call gives eight: those of j // 
 at a multiple of 8 of the packed row, `lead` columns before the document.
 """
 
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# (Triton's language is not Python's, as to types)
+
 from __future__ import annotations
 
 import triton

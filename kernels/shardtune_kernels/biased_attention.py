@@ -1,5 +1,7 @@
 """Attention with T5's relative positions, in memory that grows with the length and not with its square."""
 
+# pyright: reportCallIssue=false
+
 from __future__ import annotations
 
 import itertools
@@ -336,10 +338,10 @@ def _sequences(
 ) -> tuple[int, int]:
     """How many there are: rows of the batch, or documents; and how many blocks the longest has."""
     if offsets is None:
-        return b, triton.cdiv(length, block)
+        return b, int(triton.cdiv(length, block))
     if longest < 0:
         longest = int(offsets.diff().max()) if len(offsets) > 1 else 0
-    return len(offsets) - 1, triton.cdiv(longest + ahead, block)
+    return len(offsets) - 1, int(triton.cdiv(longest + ahead, block))
 
 
 def _blocks(kernel: str, q: Tensor, keys: int) -> Blocks:
