@@ -78,11 +78,11 @@ quickstart: setup
 
 test: setup
 	PATH="$(BIN):$$PATH" $(BIN)/python -m pytest $(PYTEST_ARGS)
-	PATH="$(BIN):$$PATH" TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels $(PYTEST_ARGS)
+	PATH="$(BIN):$$PATH" TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops $(PYTEST_ARGS)
 
 # What each kernel takes on each GPU, for the table that a test compares with; RESOURCES_ARGS: parts of names.
 resources: setup
-	$(BIN)/python tests/kernels/resources.py $(RESOURCES_ARGS)
+	$(BIN)/python tests/ops/resources.py $(RESOURCES_ARGS)
 
 # Every strategy with every kind of model, on one and on two ranks, by every launcher; `test` runs a sample of it.
 matrix: setup

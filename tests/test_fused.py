@@ -1,6 +1,6 @@
 """Fused operations in a model's modules: found by structure, the same names, the same numbers, and reasons where not.
 
-Here each operation is plain torch; tests/kernels has the kernels, test_fused_training.py whole runs with them.
+Here each operation is plain torch; tests/ops has the kernels, test_fused_training.py whole runs with them.
 """
 
 from __future__ import annotations

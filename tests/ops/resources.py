@@ -1,5 +1,5 @@
 """Builds every kernel for every GPU it is meant for, on any machine, and reads what it takes: registers, spills, shared
-memory. `python tests/kernels/resources.py` (or `make resources`) writes the table that a test compares with."""
+memory. `python tests/ops/resources.py` (or `make resources`) writes the table that a test compares with."""
 
 from __future__ import annotations
 
