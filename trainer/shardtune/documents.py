@@ -69,6 +69,11 @@ class Documents:
     cross_spread: Spread | None
     """Of the decoder's attention to the encoder."""
 
+    def attending(self, decodes: bool, crossing: bool) -> tuple[Lengths, Lengths]:
+        """Of what attends and of what is attended to; `crossing`: the decoder's attention to the encoder."""
+        own = self.source if self.target is None or not decodes else self.target
+        return own, self.source if crossing else own
+
     def to(self, device: torch.device) -> Documents:
         """The same documents, for a forward pass on `device`."""
         return self if device.type == "cpu" else _moved(self, device)

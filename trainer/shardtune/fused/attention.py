@@ -37,8 +37,7 @@ def attention(
     offsets = longest = None
     documents = being_read()
     if documents is not None:
-        own = documents.source if documents.target is None or not module.is_decoder else documents.target
-        read = documents.source if crossing else own
+        own, read = documents.attending(module.is_decoder, crossing)
         offsets, longest = (own.offsets, read.offsets), (own.longest, read.longest)
     out = biased_attention(
         query, key.to(query.dtype), value.to(query.dtype), table, bidirectional=not module.is_decoder,
@@ -51,7 +50,7 @@ def attention(
 
 def fuse_attention(model: PreTrainedModel) -> tuple[int, dict[str, int]]:
     """Makes the attention layers of a model with relative positions use the fused one; how many."""
-    layers = [module for module in model.modules() if _is_relative(module)]
+    layers: list[Any] = [module for module in model.modules() if _is_relative(module)]
     if not layers:
         return 0, {}
     model.set_attn_implementation(NAME)

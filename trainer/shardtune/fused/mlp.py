@@ -59,7 +59,8 @@ def _forward_of(
         rate = max(layer.dropout() for layer in layers)
         if between is None or not (between.training and between.p):
             return lora_gated_mlp(gate.cast(x), gate.weights(), up.weights(), down.weights(), activation, rate)
-        inner = between(gated_activation(*lora_qkv(gate.cast(x), [gate.weights(), up.weights()], rate), activation))
+        of_gate, of_up = lora_qkv(gate.cast(x), [gate.weights(), up.weights()], rate)
+        inner = between(gated_activation(of_gate, of_up, activation))
         return lora_linear(down.cast(inner), down.weights(), rate)
 
     return forward
@@ -67,7 +68,7 @@ def _forward_of(
 
 def _activation(module: nn.Module) -> str | None:
     """Which of the known functions the layer's activation is, tried on a few numbers."""
-    own = next((child for name, child in module.named_children() if name.startswith("act")), None)
+    own: Any = next((child for name, child in module.named_children() if name.startswith("act")), None)
     own = own or getattr(module, "act_fn", None) or getattr(module, "activation_fn", None)
     if not callable(own):
         return None
@@ -86,7 +87,8 @@ def _computes(module: nn.Module, names: tuple[str, str, str], activation: str) -
     x = torch.linspace(-2, 2, 12).view(1, 3, 4)
     wanted = steps[2](KNOWN[activation](steps[0](x)) * steps[1](x))
     try:
-        return torch.allclose(type(module).forward(stand_in, x), wanted, atol=1e-5)  # pyright: ignore
+        forward: Any = type(module).forward
+        return torch.allclose(forward(stand_in, x), wanted, atol=1e-5)
     except Exception:  # whatever it wants, a plain gated layer does not
         return False
 

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from shardtune.documents import Documents, Lengths, Spread, being_read
+from shardtune.documents import Documents, Spread, being_read
 from shardtune.errors import ConfigError
 from shardtune.model.dropout import dropout as drop
 
@@ -157,8 +157,7 @@ def packed_flash(
     _refuse(kwargs)
     window = _window(attention_mask)
     _, causal, crossing = _which(module, documents)
-    own = documents.source if documents.target is None or not _decodes(module) else documents.target
-    read: Lengths = documents.source if crossing else own
+    own, read = documents.attending(_decodes(module), crossing)
     # Norms and rotations may leave float32 behind, under autocast.
     autocast = torch.is_autocast_enabled(query.device.type)
     dtype = torch.get_autocast_dtype(query.device.type) if autocast else query.dtype

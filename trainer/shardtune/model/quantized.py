@@ -7,7 +7,7 @@ backward pass that looks the weight up when it comes to it, so that a gathered o
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +103,8 @@ class Linear4bit(QuantizedLinear):
 
     def __init__(self, linear: nn.Linear, quantization: Quantization, compute_dtype: torch.dtype, where: str) -> None:
         super().__init__(linear, 4, compute_dtype, where)
-        self.kind = quantization.kind
+        assert quantization.kind != "int8"
+        self.kind: Literal["nf4", "fp4"] = quantization.kind
         self.nested = quantization.double
         blocks = -(-linear.weight.numel() // BLOCK)
         self._scale("absmax", (blocks,), torch.uint8 if self.nested else torch.float32)
