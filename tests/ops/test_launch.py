@@ -1,13 +1,16 @@
-"""Kernels are started where their arguments are, and only what fits a device."""
+"""Kernels are started where their arguments are, and what they compute can be differentiated once."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from comparing import DEVICE
 from torch import Tensor
 
+import shardtune_kernels as ops
 from shardtune_kernels import _launch
 
 
@@ -32,3 +35,28 @@ def test_the_device_of_the_arguments(
     given: Any = (None, 3, torch.zeros(2), torch.zeros(2).as_subclass(_OfAGpu))
     assert _launch._another_device(given) == wanted
     assert _launch._another_device(given[:3]) is None
+
+
+def _loss(x: Tensor) -> Tensor:
+    return ops.linear_cross_entropy(x, torch.randn(5, 8, device=DEVICE), torch.tensor([0, 4], device=DEVICE))
+
+
+ONCE: dict[str, Callable[[Tensor], Any]] = {
+    "rms_norm": lambda x: ops.rms_norm(x, torch.ones(8, device=DEVICE), 1e-6),
+    "layer_norm": lambda x: ops.layer_norm(x, None, None, 1e-6),
+    "gated_activation": lambda x: ops.gated_activation(x, x),
+    "rope": lambda x: ops.rope(x[None, None], x[None, None], *torch.ones(2, 1, 2, 8, device=DEVICE))[0],
+    "biased_attention": lambda x: ops.biased_attention(x[None, None], x[None, None], x[None, None]),
+    "linear_cross_entropy": _loss,
+}
+
+
+@pytest.mark.parametrize("name", ONCE)
+def test_gradients_of_gradients_are_right_or_refused(name: str) -> None:
+    """Silent zeros would be neither."""
+    x = torch.randn(2, 8, device=DEVICE, requires_grad=True)
+    if not _launch.on_triton(x) and name != "linear_cross_entropy":
+        pytest.skip("plain torch can")
+    (dx,) = torch.autograd.grad(ONCE[name](x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.square().sum().backward()
