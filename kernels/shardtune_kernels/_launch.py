@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
+from collections.abc import Callable, Iterable
+from functools import cache, wraps
 from typing import Any, TypeVar
 
 import torch
@@ -26,6 +26,14 @@ def on_triton(tensor: Tensor) -> bool:
     return tensor.is_cuda or INTERPRETED
 
 
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program can have on a device: 64 KB on 7.5, 99 on 8.6, 8.9 and 12.0, 163 on 8.0, 227 on 9.0."""
+    if device.type != "cuda":
+        return 1 << 30
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 1 << 16)
+
+
 def dot_type(dtype: torch.dtype) -> tl.dtype:
     """What operands of `tl.dot` are cast to: their own dtype, but float32 for bfloat16 in the interpreter, which
     multiplies bfloat16 wrongly. Products of bfloat16 numbers are exact in float32, so the sum is that of a GPU."""
@@ -36,12 +44,25 @@ def dot_type(dtype: torch.dtype) -> tl.dtype:
 def writes(*outputs: str) -> Callable[[Launch], Launch]:
     """Of a function that starts kernels which write into its arguments `outputs`, and returns None.
 
-    torch.compile takes the call for one opaque operation; without it, it is the function itself.
+    torch.compile takes the call for one opaque operation; without it, it is the function itself. Either way the device
+    of the arguments is the current one: Triton launches on that, wherever the memory is.
     """
 
     def wrap(function: Launch) -> Launch:
         name = f"{function.__module__}.{function.__qualname__}".replace(".", "_")
-        opaque = torch.library.custom_op(f"shardtune_kernels::{name}", function, mutates_args=outputs)
+
+        def there(*arguments: Any, **named: Any) -> None:
+            device = _another_device((*arguments, *named.values()))
+            if device is None:
+                function(*arguments, **named)
+                return
+            with torch.cuda.device(device):
+                function(*arguments, **named)
+
+        opaque = torch.library.custom_op(
+            f"shardtune_kernels::{name}", there, mutates_args=outputs,
+            schema=torch.library.infer_schema(function, mutates_args=outputs),
+        )  # fmt: skip
         opaque.register_fake(lambda *arguments, **named: None)
 
         @wraps(function)
@@ -49,11 +70,26 @@ def writes(*outputs: str) -> Callable[[Launch], Launch]:
             if torch.compiler.is_compiling():
                 opaque(*arguments, **named)
             else:
-                function(*arguments, **named)
+                there(*arguments, **named)
 
         return start  # pyright: ignore[reportReturnType]
 
     return wrap
+
+
+@cache
+def _several_devices() -> bool:
+    return torch.cuda.device_count() > 1
+
+
+def _another_device(arguments: Iterable[Any]) -> torch.device | None:
+    """That of the first tensor on a GPU, if it is not the current one."""
+    if not _several_devices():
+        return None
+    for given in arguments:
+        if isinstance(given, Tensor) and given.is_cuda:
+            return None if given.device.index == torch.cuda.current_device() else given.device
+    return None
 
 
 def power_of_two(size: int, at_least: int = 16, at_most: int = 1 << 30) -> int:

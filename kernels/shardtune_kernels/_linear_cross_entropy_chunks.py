@@ -177,4 +177,4 @@ def picked_rows(targets: Tensor, ignore_index: int, classes: int) -> Tensor | No
     count, bad = torch.stack((kept.sum(), wrong.sum())).tolist()
     if bad:
         raise ValueError(f"targets must lie between 0 and {classes - 1}, or be {ignore_index}: {bad} do not")
-    return None if count == len(targets) else kept.nonzero().squeeze(1)
+    return None if count == len(targets) else kept.nonzero_static(size=count).squeeze(1)

@@ -17,13 +17,16 @@ import triton.language as tl
 from torch import Tensor
 
 from shardtune_kernels._builds import Build
-from shardtune_kernels._launch import dot_type, power_of_two, writes
+from shardtune_kernels._launch import dot_type, power_of_two, shared_memory, writes
 from shardtune_kernels.dropout import kept_tile
 
 WIDEST = 64
 """Rank that a kernel which draws dropout holds of one layer; a larger one is several layers of one seed."""
 ROWS, COLUMNS, UP_COLUMNS = 32, 128, 256
 """Of a tile of x, and columns of one of dy."""
+LARGEST_RANK = 128
+"""Bytes of a row of B, [256, r], for which its tile and those of dy fit 99 KB (8.6, 8.9, 12.0): rank 64 in 16 bits, 32
+in float32, whose products are those of torch beyond that."""
 PROGRAMS = 264
 """Two for each multiprocessor of the largest GPUs."""
 SUM_BLOCK = 256
@@ -184,7 +187,7 @@ def dropped_down(xa: Tensor, x: Tensor, a: Tensor, seeds: Tensor, width: int, dr
         _down_kernel[(_blocks(m, ROWS),)](
             x, a, xa, m, k, x.stride(0), len(a), first, width, dropped, scale, *chosen,
             P=layers, R=power_of_two(width), BM=ROWS, BK=COLUMNS, DOT=dot_type(x.dtype),
-            num_warps=_warps_of_down(layers), num_stages=3,
+            num_warps=_warps_of_down(layers), num_stages=stages_of(x.dtype.itemsize),
         )  # fmt: skip
 
 
@@ -229,24 +232,37 @@ def up_gradients(dyb: Tensor | None, db: Tensor | None, dy: Tensor, b: Tensor, x
             if gradient is not None:
                 gradient.zero_()
         return
-    blocks = _blocks(n, UP_COLUMNS)
+    block = up_columns(r, dy.dtype.itemsize, shared_memory(dy.device))
+    blocks = _blocks(n, block)
     rows_each = rows_of_a_chunk(m, blocks)
     chunks = _blocks(m, rows_each)
     of_dyb = None if dyb is None else dy.new_empty(blocks, m, r, dtype=torch.float32)
     of_db = None if db is None else dy.new_empty(chunks, n, r, dtype=torch.float32)
     _up_gradients_kernel[(chunks, blocks)](
         dy, b, xa, of_dyb, of_db, m, n, r, dy.stride(0), xa.stride(0), scale, rows_each, R=power_of_two(r), BM=ROWS,
-        BN=UP_COLUMNS, DOT=dot_type(dy.dtype), DYB=dyb is not None, DB=db is not None,
-        num_warps=8 if dy.dtype.itemsize > 2 else 4, num_stages=2 if dy.dtype.itemsize > 2 else 3,
+        BN=block, DOT=dot_type(dy.dtype), DYB=dyb is not None, DB=db is not None,
+        num_warps=8 if dy.dtype.itemsize > 2 else 4, num_stages=stages_of(dy.dtype.itemsize),
     )  # fmt: skip
     for parts, out in ((of_dyb, dyb), (of_db, db)):
         if parts is not None and out is not None:
             _sum(parts, out)
 
 
+def stages_of(itemsize: int) -> int:
+    """Tiles of 4 bytes a number that are on their way at once must fit 99 KB of shared memory, too."""
+    return 2 if itemsize > 2 else 3
+
+
+def up_columns(r: int, itemsize: int, shared: int) -> int:
+    """Columns of a tile of dy, rows of one of B: a half of them for the largest that `up_gradients_pay` allows, where
+    a program has no more than the 64 KB of 7.5."""
+    return UP_COLUMNS if shared > 1 << 16 or power_of_two(r) * itemsize <= LARGEST_RANK // 2 else UP_COLUMNS // 2
+
+
 def up_gradients_pay(m: int, n: int, r: int, itemsize: int) -> bool:
-    """Whether the partial sums of `up_gradients`, float32 written and read, are fewer bytes than dy read once more."""
-    if not m or not n:
+    """Whether the partial sums of `up_gradients`, float32 written and read, are fewer bytes than dy read once more, and
+    its tiles fit into shared memory."""
+    if not m or not n or power_of_two(r) * itemsize > LARGEST_RANK:
         return False
     blocks = _blocks(n, UP_COLUMNS)
     chunks = _blocks(m, rows_of_a_chunk(m, blocks))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from shardtune_kernels import reference
@@ -69,7 +70,7 @@ def biased_attention(
     _check(q, k, v, table, bidirectional, max_distance, shown, offsets, dropout)
     if dropout and seed is None:
         seed = draw_seed()
-    if not on_triton(q):
+    if not on_triton(q) or q.dtype == torch.float64:
         kept = None
         if dropout:
             kept = attention_dropout_mask(seed or 0, dropout, *q.shape[:3], k.shape[2], q.device)
@@ -115,8 +116,8 @@ def _check(
                 f"{len(table)} buckets and a largest distance of {max_distance} do not fit: {exact} distances of a "
                 "direction have a bucket each, which must be at least 1 and less than the largest distance"
             )
-    if shown is not None and shown.shape != (q.shape[0], k.shape[2]):
-        raise ValueError(f"shown must be [{q.shape[0]}, {k.shape[2]}]; it is {tuple(shown.shape)}")
+    if shown is not None and (shown.shape != (q.shape[0], k.shape[2]) or shown.dtype != torch.bool):
+        raise ValueError(f"shown must be bool [{q.shape[0]}, {k.shape[2]}]; it is {shown.dtype} {tuple(shown.shape)}")
     if offsets is not None:
         if shown is not None or q.shape[0] != 1:
             raise ValueError("packed documents (offsets) are one row without padding: b = 1, and no `shown`")
@@ -205,6 +206,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, table, shown, q_offsets, k_offsets, out, lse = ctx.saved_tensors
         grad = grads[0] if grads[0].stride(3) == 1 else grads[0].contiguous()
@@ -365,7 +367,7 @@ def _blocks_of(kernel: str, d: int, itemsize: int, small: bool) -> Blocks:
     if itemsize == 4:
         return (32, 32, 4, 1) if d <= 32 else (16, 16, 4, 1)
     if small or d > 128:
-        return 32, 32, 4, 1
+        return (16, 16, 4, 1) if d > (128 if small else 256) else (32, 32, 4, 1)
     if d > 64:
         return (64, 64, 4, 2) if kernel == "forward" else (32, 64, 8, 2) if kernel.startswith("kv") else (64, 32, 8, 2)
     return {

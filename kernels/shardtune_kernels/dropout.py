@@ -28,12 +28,12 @@ ROUNDS = tl.constexpr(7)
 
 def draw_seed() -> int:
     """A seed from torch's random stream of the CPU, which activation recomputation sets back."""
-    return int(torch.randint(1 << 31, ()))
+    return int(torch.randint(1 << 31, (), device="cpu"))
 
 
 def draw_seeds(count: int) -> Tensor:
     """int64 [count], as `draw_seed`; as a tensor, so that torch.compile draws new ones in each call."""
-    return torch.randint(1 << 31, (count,))
+    return torch.randint(1 << 31, (count,), device="cpu")
 
 
 def dropped_steps(rate: float) -> int:
@@ -50,7 +50,7 @@ def dropout_mask(seed: int, rate: float, shape: Sequence[int], device: torch.dev
     """
     kept = torch.empty(tuple(shape), dtype=torch.bool, device=device)
     flat = kept.view(-1, shape[-1]) if kept.numel() else kept
-    draw_mask(flat, torch.tensor([seed]), 0, dropped_steps(rate))
+    draw_mask(flat, torch.tensor([seed], device="cpu"), 0, dropped_steps(rate))
     return kept
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from shardtune_kernels import _four_bit_kernels as kernels
 from shardtune_kernels import calibration
@@ -111,6 +112,7 @@ class _FourBitLinear(Function):
         return y_mn.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         (dy,) = gradients
         dx = dbias = None

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from shardtune_kernels import reference
 from shardtune_kernels._builds import Build
@@ -49,6 +50,7 @@ class _GatedActivation(torch.autograd.Function):
         return activated(gate, up, activation)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         of_gate, of_up = ctx.needs_input_grad[:2]

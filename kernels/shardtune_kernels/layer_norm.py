@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from shardtune_kernels import reference
@@ -72,6 +73,7 @@ class _LayerNorm(torch.autograd.Function):
         return y if total is None else (y, total)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None = None) -> tuple[Tensor | None, ...]:
         summed, weight, mean, rstd = ctx.saved_tensors
         of_x, of_weight, of_bias, of_residual = ctx.needs_input_grad[:4]
@@ -283,6 +285,7 @@ def _backward_kernel(
                     _add_to(dweight_ptr, program, width, column, dy * normed)
                 if dbias_ptr is not None:
                     _add_to(dbias_ptr, program, width, column, dy)
+            tl.debug_barrier()  # another thread may read what was stored, with the next tile
     if WHOLE:
         column = tl.arange(0, BLOCK)
         if dweight_ptr is not None:

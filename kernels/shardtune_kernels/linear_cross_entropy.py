@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from shardtune_kernels import _linear_cross_entropy_chunks as chunks
 from shardtune_kernels import _linear_cross_entropy_kernels as kernels
@@ -129,6 +130,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         d_hidden, d_weight, d_bias, unit = ctx.saved_tensors
         if d_hidden is not None:

@@ -73,7 +73,7 @@ def lora_gated_mlp(
     steps = dropped_steps(dropout)
     drawn = None
     if steps:
-        drawn = draw_seeds(3) if seeds is None else torch.tensor(seeds)
+        drawn = draw_seeds(3) if seeds is None else torch.tensor(seeds, device="cpu")
     settings = steps, dropout, [w.scale for w in layers], quantized
     return _LoraGatedMlp.apply(x, drawn, settings, activation, *tensors)
 

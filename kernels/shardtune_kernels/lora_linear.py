@@ -66,7 +66,7 @@ def lora_qkv(
     drawn = None
     if steps:
         adapted = [index for index, w in enumerate(weights) if w.a is not None]
-        drawn = (draw_seeds(len(scales)) if seeds is None else torch.tensor(seeds))[adapted]
+        drawn = (draw_seeds(len(scales)) if seeds is None else torch.tensor(seeds, device="cpu"))[adapted]
     return _LoraLinears.apply(x, drawn, (steps, dropout, scales, quantized), *tensors)
 
 

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from shardtune_kernels import reference
 from shardtune_kernels._builds import Build
@@ -72,6 +73,7 @@ class _RmsNorm(torch.autograd.Function):
         return y if total is None else (y, total)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None = None) -> tuple[Tensor | None, ...]:
         summed, weight, rstd = ctx.saved_tensors
         of_x, of_weight, of_residual = ctx.needs_input_grad[:3]
@@ -246,6 +248,7 @@ def _backward_kernel(
                     own = partial_ptr + program.to(tl.int64) * width + column
                     more = tl.sum(dy * normed, axis=0, keep_dims=True)
                     tl.store(own, tl.load(own, mask=column < width) + more, mask=column < width)
+            tl.debug_barrier()  # another thread may read what was stored, with the next tile
     if WHOLE and partial_ptr is not None:
         column = tl.arange(0, BLOCK)
         own = partial_ptr + program.to(tl.int64) * width + column

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from shardtune_kernels import reference
 from shardtune_kernels._builds import Build
@@ -57,6 +58,7 @@ class _Rope(torch.autograd.Function):
         return turned[0], turned[1]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         given, turned = [], []

@@ -21,6 +21,8 @@ from shardtune_kernels import OPS
 from shardtune_kernels._builds import Build
 
 CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
+SHARED = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+"""KB that a program can have."""
 TABLE = Path(__file__).with_name("resources.json")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -31,9 +33,9 @@ def all_builds() -> list[Build]:
     return [build for module in modules for build in getattr(module, "BUILDS", [])]
 
 
-def compiled(build: Build, capability: int) -> Any:
-    """The kernel built for a GPU, with its assembly."""
-    dtype = "bf16" if capability >= 80 else "fp16"
+def compiled(build: Build, capability: int, dtype: str | None = None) -> Any:
+    """The kernel built for a GPU, with its assembly; in 16 bits unless `dtype` says otherwise."""
+    dtype = dtype or ("bf16" if capability >= 80 else "fp16")
     constants = {k: _constant(v, dtype) for k, v in build.constants.items()}
     signature = {k: v.format(dtype=dtype) for k, v in build.signature.items()} | dict.fromkeys(constants, "constexpr")
     names = build.kernel.arg_names
@@ -69,7 +71,7 @@ def measure(build: Build, capability: int) -> dict[str, int]:
 
 
 def _constant(value: Any, dtype: str) -> Any:
-    return {"bf16": tl.bfloat16, "fp16": tl.float16}[dtype] if value == "{dtype}" else value
+    return {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[dtype] if value == "{dtype}" else value
 
 
 def main() -> None:

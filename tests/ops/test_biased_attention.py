@@ -190,6 +190,7 @@ def test_what_does_not_fit_is_said() -> None:
         ("do not fit", (q, q, q, table[:3]), {}),
         ("do not fit", (q, q, q, table), {"max_distance": 8}),
         ("shown must be", (q, q, q), {"shown": torch.ones(1, 3, dtype=torch.bool)}),
+        ("shown must be bool", (q, q, q), {"shown": torch.ones(1, 4, dtype=torch.int64)}),
         ("one row", (q, q, q), {"offsets": (offsets, offsets), "shown": torch.ones(1, 4, dtype=torch.bool)}),
         ("same documents", (q, q, q), {"offsets": (offsets, torch.tensor([0, 2, 4]))}),
         ("dropout", (q, q, q), {"dropout": 1.0}),

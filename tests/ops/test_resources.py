@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+from collections.abc import Iterator
 
 import pytest
 import resources
 
+from shardtune_kernels import _lora_kernels as lora
+from shardtune_kernels._builds import Build
 from shardtune_kernels._launch import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
@@ -30,3 +34,52 @@ def test_builds(build: resources.Build, capability: int) -> None:
 def test_nothing_spills(name: str) -> None:
     spilled = {cc: row["spilled"] for cc, row in TABLE[name].items() if cc in ("80", "90") and row["spilled"]}
     assert not spilled or name in SPILLS_WITH_REASON, spilled
+
+
+@pytest.mark.parametrize("name", sorted(TABLE))
+def test_shared_memory_suffices(name: str) -> None:
+    for capability, row in TABLE[name].items():
+        if capability == "75" and f"{name.split(',')[0]}, 64 KB" in TABLE:
+            continue  # another build is started there
+        assert row["shared"] <= 1024 * resources.SHARED[int(capability)], capability
+
+
+def _largest() -> Iterator[tuple[int, str, Build]]:
+    """What takes most shared memory of all that an op may start: capability, dtype, build."""
+    known = {build.name: build for build in BUILDS}
+    for layers, rank in ((3, 16), (2, 32), (1, 64)):
+        for kind in ("down", "gradients of down"):
+            given = known[f"lora_linear {kind} of 1, rank 16"]
+            constants = {**given.constants, "P": layers, "R": rank}
+            warps = lora._warps_of_down(layers) if kind == "down" else given.num_warps
+            stages = lora.stages_of(4) if kind == "down" else given.num_stages
+            named = f"lora_linear {kind} of {layers}, rank {rank}"
+            yield 86, "fp32", given._replace(name=named, constants=constants, num_warps=warps, num_stages=stages)
+    for dtype, itemsize in (("fp16", 2), ("fp32", 4)):
+        rank, given = lora.LARGEST_RANK // itemsize, known["lora_linear gradients of up, rank 16"]
+        for capability in (75, 86):
+            columns = lora.up_columns(rank, itemsize, 1024 * resources.SHARED[capability])
+            constants = {**given.constants, "R": rank, "BN": columns}
+            named = f"lora_linear gradients of up, rank {rank}"
+            warps, stages = 4 if itemsize == 2 else 8, lora.stages_of(itemsize)
+            yield capability, dtype, given._replace(name=named, constants=constants, num_warps=warps, num_stages=stages)
+    attention = importlib.import_module("shardtune_kernels.biased_attention")
+    for width, capability, dtype, itemsize in ((128, 75, "fp16", 2), (256, 75, "fp16", 2), (256, 86, "bf16", 2),
+                                               (256, 86, "fp32", 4)):  # fmt: skip
+        for name in ("forward", "q and bias", "kv"):
+            m, n, warps, stages = attention._blocks_of(name, width, itemsize, capability < 80)
+            given = known[f"biased_attention {name}"]
+            constants = {**given.constants, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": width}
+            named = f"biased_attention {name}, {width} wide"
+            yield capability, dtype, given._replace(name=named, constants=constants, num_warps=warps, num_stages=stages)
+
+
+LARGEST = [] if INTERPRETED else list(_largest())
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "build"), LARGEST, ids=[f"{b.name}, {dtype}, {cc}" for cc, dtype, b in LARGEST]
+)
+def test_the_largest_fit(capability: int, dtype: str, build: Build) -> None:
+    shared = resources.compiled(build, capability, dtype).metadata.shared
+    assert shared <= 1024 * resources.SHARED[capability]
