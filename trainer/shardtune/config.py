@@ -28,7 +28,8 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """What the model computes in; the trained (master) weights stay float32."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention", "fused"] = "auto"
-    """Attention implementation of transformers; auto lets the architecture choose."""
+    """Attention implementation of transformers; auto lets the architecture choose, and `kernels.fused`. fused: the
+    kernel for T5's relative positions."""
     recompute: Literal["none", "full"] = "none"
     """full: activations are recomputed in the backward pass (activation checkpointing), saving memory."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
