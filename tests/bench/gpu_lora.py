@@ -40,9 +40,7 @@ class Layer(NamedTuple):
     def draw(cls, m: int, k: int, n: int, rank: int, adapters: torch.dtype) -> Layer:
         a, b = normal(rank, k) / k**0.5, normal(n, rank) / rank**0.5
         weight = normal(n, k) / k**0.5
-        return cls(
-            normal(m, k, trained=True), normal(m, n), weight, *(t.to(adapters).requires_grad_() for t in (a, b))
-        )
+        return cls(normal(m, k, trained=True), normal(m, n), weight, *(t.to(adapters).requires_grad_() for t in (a, b)))
 
 
 def makers(of: Layer, rate: float) -> dict[str, Callable[[], Work]]:

@@ -8,6 +8,7 @@ numpy on the host and every tensor copied; and torch.nn.utils.rnn.pad_sequence. 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,7 +48,7 @@ def main() -> None:
             sides = sides_for(packed)
             bench.correct({"int32": {"largest_error": 0.0, "ok": same(sides, ragged)}})
             for part, work in (("whole", Side.whole), ("to_device", Side.rest)):
-                makers = {name: lambda side=side, work=work: work(side, ragged) for name, side in sides.items()}
+                makers = {name: partial(work, side, ragged) for name, side in sides.items()}
                 cases.append(bench.case(
                     Sides(makers), hosts_clock=True, what=part, layout="packed" if packed else "padded", rows=rows,
                     tokens=sum(map(len, ragged)), width=max(map(len, ragged)),
@@ -64,6 +65,7 @@ def random_rows(rows: int, longest: int) -> list[Row]:
 
 def sides_for(packed: bool) -> dict[str, Side]:
     """Ours and the peers that have such a layout."""
+
     def pinned(x: Tensor) -> Tensor:
         return x.pin_memory() if ON_GPU else x
 
