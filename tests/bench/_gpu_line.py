@@ -77,9 +77,16 @@ class Benchmark:
         self._correctness: dict[str, dict[str, Any]] = {}
         torch.manual_seed(0)
 
+    def collect(self, found: Mapping[str, Mapping[str, Any]]) -> None:
+        """Takes `{dtype: {"largest_error", "ok"}}` beside what was found before."""
+        for dtype, of in found.items():
+            before = self._correctness.get(dtype, of)
+            worse = of if not of["largest_error"] <= before["largest_error"] else before
+            self._correctness[dtype] = {**worse, "ok": before["ok"] and of["ok"]}
+
     def correct(self, found: Mapping[str, Mapping[str, Any]]) -> None:
-        """Takes `{dtype: {"largest_error", "ok"}}`; ends the run where one is not ok."""
-        self._correctness |= {dtype: dict(of) for dtype, of in found.items()}
+        """As `collect`; ends the run where one is not ok."""
+        self.collect(found)
         if not all(of["ok"] for of in found.values()):
             self.report([])
 
