@@ -13,7 +13,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -166,11 +166,11 @@ def ended(command: list[str], variables: Mapping[str, str]) -> str:
     return done.stdout
 
 
-def compare(place: Place, work: Work) -> dict[str, dict[str, Any]]:
+def compare(place: Place, work: Work, dtypes: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Losses of a small model over some steps, fused and not, from the same weights: gradients decide all but the
     first."""
     found = {}
-    for dtype in ("float32",) if place.small else AGREE:
+    for dtype in dtypes:
         more = {"model": {"dtype": dtype}, "optimizer": {"name": "adamw", "lr": 1e-3}}
         fused, plain = (place.ours(work, 4, **more, kernels={"fused": on}).losses for on in ("auto", "off"))
         off = max(abs(a - b) / abs(b) for a, b in zip(fused, plain, strict=True))
@@ -236,7 +236,8 @@ def main() -> None:
     tokens, batch, ragged = (32, 2, 4) if bench.small else (2048, 4, 16)
     with workplace() as folder:
         tiny = Place(folder / "tiny", small=True)
-        bench.correct(compare(tiny, Work("tiny", tiny.rows("compared", [64] * 8), 2, 32)))
+        dtypes = ["float32"] if bench.small else AGREE
+        bench.correct(compare(tiny, Work("tiny", tiny.rows("compared", [64] * 8), 2, 32), dtypes))
         place = tiny if bench.small else Place(folder / "whole", small=False)
         full = place.full_rows(batch, tokens)
         short = place.rows("short", lengths(ragged * place.steps, tokens // 8, tokens))
