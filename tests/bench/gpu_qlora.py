@@ -34,8 +34,8 @@ CEILING, SHARE = {"kept": 24_800, "recomputed": 17_000}, 0.65
 ONE_ROW_BYTES = 12e9
 """Of the card that the step of one row must fit."""
 WARM_UP, STEPS, RANK = 3, 6, 16
-AGREE = {"float32": 1e-4, "bfloat16": 2e-2}
-"""How far losses may differ between fused and plain operations."""
+AGREE = {"float32": 1e-5, "bfloat16": 1e-3}
+"""How far losses may differ between fused and plain operations; four steps of training move them by more, 4e-3."""
 EIGHT_BILLION = {
     "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_attention_heads": 32,
     "num_key_value_heads": 8, "max_position_embeddings": 8192, "num_hidden_layers": 32,
@@ -171,7 +171,7 @@ def compare(place: Place, work: Work, dtypes: Iterable[str]) -> dict[str, dict[s
     first."""
     found = {}
     for dtype in dtypes:
-        more = {"model": {"dtype": dtype}, "optimizer": {"name": "adamw", "lr": 1e-3}}
+        more = {"model": {"dtype": dtype}, "optimizer": {"name": "adamw", "lr": 1e-2}}
         fused, plain = (place.ours(work, 4, **more, kernels={"fused": on}).losses for on in ("auto", "off"))
         off = max(abs(a - b) / abs(b) for a, b in zip(fused, plain, strict=True))
         found[dtype] = {"largest_error": off, "ok": off <= AGREE[dtype], "where": "losses of four steps"}
