@@ -128,29 +128,34 @@ define run_benchmarks
 endef
 
 # Peers of the benchmarks live in an environment of their own, which sees what is in $(VENV); a benchmark whose peer is
-# missing says so.
-$(PEERS)/.setup-done: $(STAMP) tests/bench/requirements.txt
+# missing says so. Those of requirements-gpu.txt are only for a GPU; one that cannot be installed leaves out itself.
+$(PEERS)/.setup-done: $(STAMP) tests/bench/requirements.txt tests/bench/requirements-gpu.txt
 	@echo "bench: installing the peers of the benchmarks into $(PEERS)" >&2
 	@rm -rf $(PEERS)
 	@$(BIN)/python -m venv --without-pip $(PEERS)
 	@packages() { "$$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }; \
 	echo "import site; site.addsitedir('$$(packages $(CURDIR)/$(VENV))')" > "$$(packages $(PEERS))/of_venv.pth"; \
-	if $(PIP) --python $(PEERS)/bin/python install -qq --no-deps -r tests/bench/requirements.txt; then \
+	install() { $(PIP) --python $(PEERS)/bin/python install -qq --no-deps "$$@"; }; \
+	$(if $(filter-out 0,$(GPUS)),grep -v '^#' tests/bench/requirements-gpu.txt | while read -r peer _; do \
+		install "$$peer" || echo "bench: $$peer could not be installed; figures that need it are null" >&2; \
+	done; )if install -r tests/bench/requirements.txt; then \
 		touch $@; \
 	else \
 		echo "bench: they could not be installed; figures that need them are null" >&2; \
-		rm -rf $(PEERS); \
+		$(if $(filter-out 0,$(GPUS)),,rm -rf $(PEERS);) \
 	fi
 
 bench: setup $(PEERS)/.setup-done
 	$(if $(BENCH_CPU),,@echo "bench: there are no benchmarks for a CPU in tests/bench yet")
-	$(if $(BENCH_GPU),$(if $(filter 0,$(GPUS)),@echo "bench: left out for want of a GPU: $(notdir $(BENCH_GPU))" >&2))
-	$(call run_benchmarks,$(BENCH_CPU) $(if $(filter-out 0,$(GPUS)),$(BENCH_GPU)))
+	$(if $(filter 0,$(GPUS)),@echo "bench: left out for want of a GPU: $(notdir $(BENCH_GPU))" >&2)
+	$(call run_benchmarks,$(BENCH_CPU))
+	$(if $(filter-out 0,$(GPUS)),@$(MAKE) bench-gpu)
 
-bench-gpu: setup
+# First whether all ops are right at real sizes; only then what is fast. Results are kept in tests/bench/results.
+bench-gpu: setup $(PEERS)/.setup-done
 	$(if $(filter 0,$(GPUS)),@echo "bench-gpu: there is no NVIDIA GPU here" >&2; exit 1)
-	$(if $(BENCH_GPU),,@echo "bench-gpu: there are no benchmarks for a GPU in tests/bench yet")
-	$(call run_benchmarks,$(BENCH_GPU))
+	@python=$(PEERS)/bin/python; [ -x "$$python" ] || python=$(BIN)/python; \
+	PATH="$(BIN):$$PATH" "$$python" tests/bench/_write_results.py
 
 # Caches and build outputs, not the runs and not $(VENV).
 clean:

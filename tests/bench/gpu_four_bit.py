@@ -1,9 +1,8 @@
-"""Four-bit weights on one GPU, one JSON line: dequantization (G2) and linear layers (G3), beside bitsandbytes.
+"""G2 and G3: dequantization of four-bit weights, and linear layers on them, beside bitsandbytes: one JSON line.
 
 Dequantization counts the bytes it must move (packed weights and scales in, values out) against the bandwidth of a plain
 copy. Linear layers, forward and with the gradient of x, run beside bitsandbytes' own and beside dequantization (ours)
-with a product by cuBLAS. Before anything is timed, values and products of all dtypes are compared. `--small` tries
-everything out on a CPU.
+with a product by cuBLAS; what they should reach is a share of the speed of the better of the two.
 """
 
 from __future__ import annotations
@@ -12,45 +11,26 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import bitsandbytes.functional as functional
 import torch
-from _gpu_timing import DEVICE, ON_GPU, copy_bandwidth, error, header, in_turn, installed, met, parser, ratio, report
+from _gpu_line import Benchmark, Check, Sides, Target, errors, normal
+from _gpu_timing import ON_GPU, Work, copy_bandwidth
+from bitsandbytes import matmul_4bit
 from torch import Tensor
 
-from shardtune_kernels import FourBitWeight, calibration, four_bit_linear, nf4_dequantize, reference
+from shardtune_kernels import FourBitWeight, LoraWeights, calibration, four_bit_linear, nf4_dequantize, reference
 
 SHARE, SMALL_RATIO, LINEAR_RATIO, LINEAR_RATIO_512 = 0.85, 2.0, 0.97, 1.2
-PEERS = ["bitsandbytes"]
-functional: Any = None
-if installed("bitsandbytes"):
-    import bitsandbytes.functional as functional
-    from bitsandbytes import matmul_4bit
 
 
 class Case:
     """A weight as both sides hold it."""
 
-    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, kind: Any = "nf4", nested: bool = True) -> None:
-        n, k = shape
-        self.packed = self.state = None
-        if functional is not None:
-            given = torch.randn(shape, dtype=dtype, device=DEVICE) / k**0.5
-            self.packed, self.state = functional.quantize_4bit(given, quant_type=kind, compress_statistics=nested)
-            self.weight = FourBitWeight.from_bitsandbytes(self.packed, self.state)
-            return
-        packed = torch.randint(256, (n * k // 2,), dtype=torch.uint8, device=DEVICE)
-        scales = torch.rand(-(-n * k // 64), device=DEVICE) / k**0.5
-        self.weight = FourBitWeight(packed, scales, shape, dtype, kind)
-        if nested:
-            codes, outer = (scales * 255).byte(), torch.rand(-(-len(scales) // 256), device=DEVICE)
-            self.weight = FourBitWeight(packed, codes, shape, dtype, kind, 64, outer, outer.mean())
-
-    def dequantize(self) -> Callable[[], Tensor] | None:
-        """What bitsandbytes gives."""
-        return None if functional is None else lambda: functional.dequantize_4bit(self.packed, self.state)
-
-    def linear(self) -> Callable[[Tensor], Tensor] | None:
-        """bitsandbytes' layer."""
-        return None if functional is None else lambda x: matmul_4bit(x, self.packed, self.state)
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, kind: str = "nf4", nested: bool = True) -> None:
+        given = normal(*shape, dtype=dtype) / shape[1] ** 0.5
+        quantize: Any = functional.quantize_4bit
+        self.packed, self.state = quantize(given, quant_type=kind, compress_statistics=nested)
+        self.weight = FourBitWeight.from_bitsandbytes(self.packed, self.state)
 
     def moved_bytes(self) -> int:
         """Read and written by a dequantization."""
@@ -59,96 +39,83 @@ class Case:
         return values + sum(part.numel() * part.itemsize for part in parts if part is not None)
 
 
-def compare() -> dict[str, float]:
-    """Fails where values differ from bitsandbytes' at all, or products from those in float64 by more than their dtype's
-    rounding; the largest error of each dtype."""
-    largest: dict[str, float] = {}
+def checks() -> list[Check]:
+    """Of products; values are compared with bitsandbytes' here: they must be the same, bit for bit."""
+    found = []
     kinds = itertools.product((torch.float32, torch.float16, torch.bfloat16), ("nf4", "fp4"), (False, True))
     for dtype, kind, nested in kinds:
         case = Case((192, 256), dtype, kind, nested)
-        values, peer = nf4_dequantize(case.weight), case.dequantize()
-        if not torch.equal(values, reference.dequantized(case.weight) if peer is None else peer()):
-            raise SystemExit(f"values differ: {dtype} {kind} nested {nested}")
+        name = f"{dtype} {kind} nested {nested}"
+        if not torch.equal(nf4_dequantize(case.weight), functional.dequantize_4bit(case.packed, case.state)):
+            raise SystemExit(f"gpu_four_bit: values are not those of bitsandbytes: {name}")
         for rows in (3, 130):
-            x = torch.randn(rows, 256, device=DEVICE, dtype=dtype, requires_grad=True)
-            y = four_bit_linear(x, case.weight)
-            dy = torch.randn_like(y)
-            (dx,) = torch.autograd.grad(y, x, dy)
-            off = max(
-                error(y.detach(), x.detach().double() @ values.double().T), error(dx, dy.double() @ values.double())
-            )
-            largest[str(dtype)] = max(off, largest.get(str(dtype), 0.0))
-            # A GPU's matrix products in float32 may be those of TF32 where torch is told so; here it is not.
-            if off > {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype]:
-                raise SystemExit(f"products differ by {off:.3g}: {dtype} {kind} nested {nested}, {rows} rows")
-    return largest
+            found.append(Check(
+                f"{name}, {rows} rows", lambda x, w=case.weight: four_bit_linear(x, w),
+                lambda x, w=case.weight: reference.lora_linear(x, LoraWeights(w, None)),
+                lambda rows=rows: {"x": torch.randn(rows, 256).double()}, only=[dtype],
+            ))  # fmt: skip
+    return found
 
 
-def dequantization(shape: tuple[int, int], bandwidth: float | None, rounds: int) -> dict[str, Any]:
+def dequantization(bench: Benchmark, shape: tuple[int, int], bandwidth: float | None) -> dict[str, Any]:
     """G2, in bfloat16, with nested scales."""
     case = Case(shape, torch.bfloat16)
-    out = torch.empty(shape, dtype=torch.bfloat16, device=DEVICE)
-    times = in_turn({"ours": lambda: nf4_dequantize(case.weight, out=out), "bitsandbytes": case.dequantize()}, rounds)
-    speed = case.moved_bytes() / (times["ours"] or 1.0) * 1e3
-    share, found = None if bandwidth is None else speed / bandwidth, ratio(times, "bitsandbytes")
-    line = {
-        "shape": shape, "milliseconds": times, "gigabytes_per_second": speed / 1e9 if ON_GPU else None,
-        "share_of_copy": share, "ratio": found,
-    }  # fmt: skip
-    if shape[0] > 1024:
-        return {**line, "target_share": SHARE, "met": met(share, SHARE)}
-    return {**line, "target_ratio": SMALL_RATIO, "met": met(found, SMALL_RATIO)}
+    out = torch.empty(shape, dtype=torch.bfloat16, device=case.packed.device)
+    sides = Sides({
+        "ours": lambda: lambda: nf4_dequantize(case.weight, out=out),
+        "bitsandbytes": lambda: lambda: functional.dequantize_4bit(case.packed, case.state),
+    })  # fmt: skip
+
+    def share(times: Any) -> dict[str, Target]:
+        speed = case.moved_bytes() / times["ours"] * 1e3
+        return {"share of a copy's bandwidth": Target(speed / bandwidth if bandwidth else None, SHARE)}
+
+    whole = shape[0] > 1024
+    said = {"what": "dequantize", "number": "G2", "shape": shape, "bytes": case.moved_bytes()}
+    return bench.case(sides, None if whole else {"bitsandbytes": SMALL_RATIO}, share if whole else None, **said)
 
 
-def linear(case: Case, rows: int, backward: bool, rounds: int) -> dict[str, Any]:
+def linear(bench: Benchmark, case: Case, rows: int, backward: bool) -> dict[str, Any]:
     """G3: x Wᵀ in bfloat16, and dy W."""
     n, k = case.weight.shape
-    x = torch.randn(rows, k, device=DEVICE, dtype=torch.bfloat16, requires_grad=backward)
-    dy = torch.randn(rows, n, device=DEVICE, dtype=torch.bfloat16)
+    x, dy = normal(rows, k, trained=backward), normal(rows, n)
+
+    def side(layer: Callable[[Tensor], Tensor]) -> Callable[[], Work]:
+        return lambda: (lambda: torch.autograd.grad(layer(x), x, dy)) if backward else (lambda: layer(x))
 
     def plain() -> Any:
         y = x.detach() @ nf4_dequantize(case.weight).T
         return (y, dy @ nf4_dequantize(case.weight)) if backward else y
 
-    def side(layer: Callable[[Tensor], Tensor] | None) -> Callable[[], Any] | None:
-        if layer is None:
-            return None
-        return (lambda: torch.autograd.grad(layer(x), x, dy)) if backward else (lambda: layer(x))
+    sides = Sides({
+        "ours": side(lambda x: four_bit_linear(x, case.weight)),
+        "bitsandbytes": side(lambda x: matmul_4bit(x, case.packed, case.state)),
+        "dequantize + cuBLAS": lambda: plain,
+    })  # fmt: skip
 
-    sides = {
-        "ours": side(lambda x: four_bit_linear(x, case.weight)), "bitsandbytes": side(case.linear()),
-        "dequantize + cuBLAS": plain,
-    }  # fmt: skip
-    times = in_turn(sides, rounds)
-    ratios = {name: ratio(times, name) for name in list(sides)[1:]}
-    known = [value for value in ratios.values() if value is not None]
-    target = LINEAR_RATIO_512 if rows == 512 else LINEAR_RATIO
-    return {
-        "shape": (n, k), "rows": rows, "backward": backward, "milliseconds": times, "ratio": ratios,
-        "target_ratio_to_the_better": target, "met": met(min(known), target),
-    }  # fmt: skip
+    def beside_the_better(times: Any) -> dict[str, Target]:
+        peers = [taken for name, taken in times.items() if name != "ours"]
+        found = min(peers) / times["ours"] if len(peers) == 2 else None
+        return {"the better's time": Target(found, LINEAR_RATIO_512 if rows == 512 else LINEAR_RATIO)}
+
+    said = {"what": "linear", "number": "G3", "shape": (n, k), "rows": rows, "backward": backward}
+    return bench.case(sides, targets=beside_the_better, **said)
 
 
 def main() -> None:
-    given = parser(__doc__).parse_args()
-    torch.manual_seed(0)
-    errors = compare()
+    bench = Benchmark("G2, G3", __doc__, ["bitsandbytes"])
+    bench.correct(errors(checks()))
     bandwidth = copy_bandwidth()
-    rounds = 1 if given.small else given.rounds
-    dequantized = [(64, 128), (33, 64)] if given.small else [(14_336, 4096), (1024, 4096)]
-    shapes = [(96, 128)] if given.small else [(14_336, 4096), (4096, 4096)]
-    rows = (3, 70) if given.small else [1 << power for power in range(4, 14)]
-    layers = {shape: Case(shape, torch.bfloat16) for shape in shapes}
-    report({
-        **header("gpu_four_bit", PEERS),
-        "largest_relative_errors": errors,
-        "copy_gigabytes_per_second": bandwidth and bandwidth / 1e9,
-        "dequantize": [dequantization(shape, bandwidth, rounds) for shape in dequantized],
-        "linear": [
-            linear(case, m, backward, rounds) for backward in (False, True) for case in layers.values() for m in rows
-        ],
-        "ways": calibration.report(),
-    })  # fmt: skip
+    shapes = [(64, 128), (33, 64)] if bench.small else [(14_336, 4096), (1024, 4096)]
+    cases = [dequantization(bench, shape, bandwidth) for shape in shapes]
+    rows = (3, 70) if bench.small else [1 << power for power in range(4, 14)]
+    for shape in [(96, 128)] if bench.small else [(14_336, 4096), (4096, 4096)]:
+        case = Case(shape, torch.bfloat16)
+        cases += [linear(bench, case, m, backward) for backward in (False, True) for m in rows]
+    bench.report(
+        cases, copy_gigabytes_per_second=bandwidth / 1e9 if bandwidth else None,
+        ways=calibration.report() if ON_GPU else None,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

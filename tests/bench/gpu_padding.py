@@ -7,22 +7,19 @@ numpy on the host and every tensor copied; and torch.nn.utils.rnn.pad_sequence. 
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
-import statistics
-import sys
-import time
 from collections.abc import Callable
-from importlib import metadata
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from _gpu_line import Benchmark, Sides
+from _gpu_timing import DEVICE, ON_GPU, Work
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+
+import shardtune_kernels
 
 IGNORED, FILL = -100, 3
 Row = NDArray[np.int32]
@@ -34,58 +31,46 @@ class Side(NamedTuple):
     ready: Callable[[list[Row]], Any]
     to_device: Callable[[Any], tuple[Tensor, ...]]
 
+    def whole(self, rows: list[Row]) -> Work:
+        return lambda: self.to_device(self.ready(rows))
+
+    def rest(self, rows: list[Row]) -> Work:
+        ready = self.ready(rows)
+        return lambda: self.to_device(ready)
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--small", action="store_true", help="to try it out on a CPU, in Triton's interpreter")
-    parser.add_argument("--rounds", type=int, default=50)
-    parser.add_argument("--longest", type=int, default=2048, help="tokens of a row; the median has an eighth")
-    given = parser.parse_args()
-    if given.small:
-        os.environ["TRITON_INTERPRET"] = "1"
-        given.rounds, given.longest = 2, 48
-    elif not torch.cuda.is_available():
-        raise SystemExit("gpu_padding: no GPU; --small tries it out on a CPU")
-    device = torch.device("cpu" if given.small else "cuda")
+    bench = Benchmark(None, __doc__, rounds=50)
     cases = []
-    for rows in (3, 64) if given.small else (64, 256, 1024, 4096):
-        ragged = random_rows(rows, given.longest)
+    for rows in (3, 32) if bench.small else (64, 256, 1024, 4096):
+        ragged = random_rows(rows, 48 if bench.small else 2048)
         for packed in (False, True):
-            sides = sides_for(device, packed)
-            check(sides, ragged)
-            times = in_turn(sides, ragged, device, given.rounds)
-            cases.append({
-                "rows": rows, "tokens": sum(map(len, ragged)), "width": max(map(len, ragged)),
-                "layout": "packed" if packed else "padded", "microseconds": times,
-                "ratio": {
-                    peer: {part: round(times[peer][part] / times["ours"][part], 3) for part in times[peer]}
-                    for peer in times if peer != "ours"
-                },
-            })  # fmt: skip
-    print(json.dumps({
-        "benchmark": "gpu_padding", "device": "CPU (interpreter)" if given.small else torch.cuda.get_device_name(),
-        "rounds": given.rounds, "cases": cases, "target": None, "met": None,
-        "versions": {"python": platform.python_version(), **{p: metadata.version(p) for p in ("torch", "triton")}},
-        "command": " ".join(sys.argv),
-    }))  # fmt: skip
+            sides = sides_for(packed)
+            bench.correct({"int32": {"largest_error": 0.0, "ok": same(sides, ragged)}})
+            for part, work in (("whole", Side.whole), ("to_device", Side.rest)):
+                makers = {name: partial(work, side, ragged) for name, side in sides.items()}
+                cases.append(bench.case(
+                    Sides(makers), hosts_clock=True, what=part, layout="packed" if packed else "padded", rows=rows,
+                    tokens=sum(map(len, ragged)), width=max(map(len, ragged)),
+                ))  # fmt: skip
+    bench.report(cases)
 
 
 def random_rows(rows: int, longest: int) -> list[Row]:
-    """Lengths as of real text: lognormal, with a long tail that is cut."""
+    """Lengths as of real text: lognormal, the median an eighth of the longest, with a long tail that is cut."""
     rng = np.random.default_rng(rows)
     lengths = np.clip(rng.lognormal(np.log(longest / 8), 0.8, rows).astype(int), 1, longest)
     return [rng.integers(0, 32_000, length).astype(np.int32) for length in lengths]
 
 
-def sides_for(device: torch.device, packed: bool) -> dict[str, Side]:
+def sides_for(packed: bool) -> dict[str, Side]:
     """Ours and the peers that have such a layout."""
-    import shardtune_kernels
 
     def pinned(x: Tensor) -> Tensor:
-        return x.pin_memory() if device.type == "cuda" else x
+        return x.pin_memory() if ON_GPU else x
 
     def copied(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(x.to(device, non_blocking=True) for x in tensors)
+        return tuple(x.to(DEVICE, non_blocking=True) for x in tensors)
 
     def flat(rows: list[Row]) -> tuple[Tensor, int, int]:
         lengths = [len(row) for row in rows]
@@ -94,7 +79,7 @@ def sides_for(device: torch.device, packed: bool) -> dict[str, Side]:
 
     def lay_out(ready: tuple[Tensor, int, int]) -> tuple[Tensor, ...]:
         held, ends, width = ready
-        tokens, offsets = held.to(device, non_blocking=True).split([len(held) - ends, ends])
+        tokens, offsets = held.to(DEVICE, non_blocking=True).split([len(held) - ends, ends])
         if packed:
             laid = shardtune_kernels.pack(tokens, offsets)
             return laid.input_ids, laid.labels, laid.positions
@@ -125,39 +110,14 @@ def sides_for(device: torch.device, packed: bool) -> dict[str, Side]:
     return sides if packed else {**sides, "pad_sequence": Side(padded_by_torch, copied)}
 
 
-def check(sides: dict[str, Side], rows: list[Row]) -> None:
-    """All sides make the same, and ours does of int64 tokens, too."""
-    import shardtune_kernels
-
+def same(sides: dict[str, Side], rows: list[Row]) -> bool:
+    """Whether all sides make the same, and ours does of int64 tokens, too."""
     made = {name: side.to_device(side.ready(rows)) for name, side in sides.items()}
-    for name, tensors in made.items():
-        assert all(map(torch.equal, tensors, made["ours"])), name
-    device = made["ours"][0].device
-    tokens = torch.from_numpy(np.concatenate(rows)).to(device)
-    offsets = torch.tensor(np.cumsum([0, *map(len, rows)]), device=device)
-    short = shardtune_kernels.pack(tokens, offsets.int())
-    assert all(map(torch.equal, short, shardtune_kernels.pack(tokens.long(), offsets)))
-
-
-def in_turn(sides: dict[str, Side], rows: list[Row], device: torch.device, rounds: int) -> dict[str, dict[str, float]]:
-    """Medians of each side's microseconds, A B C A B C …; the first round does not count."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    spent: dict[str, dict[str, list[float]]] = {name: {"whole": [], "to_device": []} for name in sides}
-    for _ in range(rounds + 1):
-        for name, side in sides.items():
-            wait()
-            begun = time.perf_counter()
-            ready = side.ready(rows)
-            middle = time.perf_counter()
-            side.to_device(ready)
-            wait()
-            end = time.perf_counter()
-            spent[name]["whole"].append(end - begun)
-            spent[name]["to_device"].append(end - middle)
-    return {
-        name: {part: round(1e6 * statistics.median(values[1:]), 1) for part, values in parts.items()}
-        for name, parts in spent.items()
-    }
+    tokens = torch.from_numpy(np.concatenate(rows)).to(DEVICE)
+    offsets = torch.tensor(np.cumsum([0, *map(len, rows)]), device=DEVICE)
+    of_int32, of_int64 = shardtune_kernels.pack(tokens, offsets.int()), shardtune_kernels.pack(tokens.long(), offsets)
+    equal = [torch.equal(*pair) for tensors in made.values() for pair in zip(tensors, made["ours"], strict=True)]
+    return all(equal) and all(map(torch.equal, of_int32, of_int64))
 
 
 if __name__ == "__main__":

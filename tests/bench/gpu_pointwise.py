@@ -6,13 +6,13 @@ written at least, and the share is of what a copy reaches on the same GPU.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from _gpu_timing import DEVICE, ON_GPU, copy_bandwidth, error, header, in_turn, installed, parser, ratio, report
+from _gpu_line import Absent, Benchmark, Check, Sides, errors, normal, peer
+from _gpu_timing import DEVICE, Work, copy_bandwidth
 from torch import Tensor
 
 import shardtune_kernels
@@ -32,110 +32,83 @@ class Case(NamedTuple):
     options: dict[str, Any]
     moved: tuple[int, int]
     """Numbers read and written: forward, backward."""
-    liger: Op | None
-    """Takes the tensors by name."""
+    liger: tuple[str, Callable[[Any], Op]] | None
+    """A function of autograd of Liger's by name, and how it is called with the tensors by name."""
     liger_backward: bool = True
     """False: it writes over its inputs, so that it cannot run twice."""
 
+    def run(self, package: Any) -> Op:
+        return partial(getattr(package, self.op), **self.options)
 
-def main() -> None:
-    given = parser(__doc__).parse_args()
-    line = header("gpu_pointwise", ["liger-kernel"])
-    check(cases(True))
-    bandwidth = copy_bandwidth()
-    found = []
-    for case in cases(given.small):
-        for backward in (False, True):
-            bytes_ = SIZE * (sum(case.moved) if backward else case.moved[0])
-            work = {name: None if op is None else step(case, op, backward) for name, op in sides(case).items()}
-            if backward and not case.liger_backward:
-                work["liger"] = None
-            times = in_turn(work, *((2, 1) if given.small else (given.rounds, 5)))
-            speeds = {n: None if t is None else bytes_ / t * 1e3 for n, t in times.items()} if ON_GPU else {}
-            found.append({
-                "case": case.name, "what": "forward and backward" if backward else "forward", "milliseconds": times,
-                "ratio": {name: ratio(times, name) for name in ("eager", "liger")}, "bytes": bytes_,
-                "gigabytes_per_second": {name: None if s is None else s / 1e9 for name, s in speeds.items()},
-                "share_of_copy": {n: s / bandwidth for n, s in speeds.items() if s is not None and bandwidth},
-            })  # fmt: skip
-    report({**line, "copy_bytes_per_second": bandwidth, "cases": found})
+    def check(self) -> Check:
+        drawn = {name: (t.shape, t.transpose(1, 2).is_contiguous() if t.dim() == 4 else False)
+                 for name, t in self.tensors.items()}  # fmt: skip
+        return Check(
+            self.name, self.run(shardtune_kernels), self.run(reference), lambda: {
+                name: torch.randn(shape).double() if not apart else
+                torch.randn(shape).double().transpose(1, 2).contiguous().transpose(1, 2)
+                for name, (shape, apart) in drawn.items()
+            }, trained={name: name in self.trained for name in drawn},
+        )  # fmt: skip
 
 
 def cases(small: bool) -> list[Case]:
     """Shapes of an 8B model and 8192 tokens; small ones to try it out, and to compare values."""
-    torch.manual_seed(0)
     m, d, f = (6, 40, 70) if small else (8192, 4096, 14_336)
     batch, length, heads, groups, width = (2, 3, 4, 2, 16) if small else (4, 2048, 32, 8, 128)
-    x, residual, gate, up = (random(m, n) for n in (d, d, f, f))
-    norm = {"x": x, "weight": random(d)}
+    x, residual, gate, up = (normal(m, n) for n in (d, d, f, f))
+    norm = {"x": x, "weight": normal(d)}
     made = []
     for trained in ((), ("weight",)):
         said = "weight trained" if trained else "weight frozen"
+        # Not in place, as it would write over the gradient that it is given.
+        liger = "LigerRMSNormFunction", partial(in_order, ("x", "weight"), (1e-6, 0.0, "llama", False))
         made += [
-            Case(f"rms_norm, {said}", "rms_norm", norm, ("x", *trained), {"eps": 1e-6}, (2 * m * d, 3 * m * d),
-                 liger("rms_norm", "LigerRMSNormFunction", lambda f: rms_norm_of(f))),
+            Case(f"rms_norm, {said}", "rms_norm", norm, ("x", *trained), {"eps": 1e-6}, (2 * m * d, 3 * m * d), liger),
             Case(f"rms_norm with a residual, {said}", "rms_norm", {**norm, "residual": residual},
                  ("x", "residual", *trained), {"eps": 1e-6}, (4 * m * d, 4 * m * d), None),
         ]  # fmt: skip
-    layer = {**norm, "bias": random(d)}
+    layer = {**norm, "bias": normal(d)}
     made.append(Case(
         "layer_norm", "layer_norm", layer, tuple(layer), {"eps": 1e-5}, (2 * m * d, 3 * m * d),
-        liger("layer_norm", "LigerLayerNormFunction", lambda f: partial(in_order, f, ("x", "weight", "bias"), 1e-5)),
+        ("LigerLayerNormFunction", partial(in_order, ("x", "weight", "bias"), (1e-5,))),
     ))  # fmt: skip
-    q, k = (random(batch, length, count, width).transpose(1, 2) for count in (heads, groups))
+    q, k = (normal(batch, length, count, width).transpose(1, 2) for count in (heads, groups))
     angles = torch.rand(1, length, width, device=DEVICE) * 6.28
     turned = {"q": q, "k": k, "cos": angles.cos().to(q.dtype), "sin": angles.sin().to(q.dtype)}
     both = 2 * (q.numel() + k.numel())
     made.append(Case(
         "rope", "rope", turned, ("q", "k"), {}, (both, both),
-        liger("rope", "LigerRopeFunction", lambda f: partial(in_order, f, ("q", "k", "cos", "sin"))),
-        liger_backward=False,
+        ("LigerRopeFunction", partial(in_order, ("q", "k", "cos", "sin"), ())), liger_backward=False,
     ))  # fmt: skip
-    for activation, name in (("silu", "swiglu.LigerSiLUMulFunction"), ("gelu_tanh", "geglu.LigerGELUMulFunction")):
+    for activation, name in (("silu", "LigerSiLUMulFunction"), ("gelu_tanh", "LigerGELUMulFunction")):
         made.append(Case(
             f"gated_activation, {activation}", "gated_activation", {"gate": gate, "up": up}, ("gate", "up"),
-            {"activation": activation}, (3 * m * f, 5 * m * f),
-            liger(*name.split("."), lambda f: partial(in_order, f, ("gate", "up"))), liger_backward=False,
+            {"activation": activation}, (3 * m * f, 5 * m * f), (name, partial(in_order, ("gate", "up"), ())),
+            liger_backward=False,
         ))  # fmt: skip
     return made
 
 
-def random(*shape: int) -> Tensor:
-    return torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
+def in_order(names: tuple[str, ...], more: tuple[Any, ...], function: Any) -> Op:
+    return lambda **given: function.apply(*(given[name] for name in names), *more)
 
 
-def liger(module: str, name: str, made: Callable[[Any], Op]) -> Op | None:
-    """A function of autograd of Liger's, called as `made` says."""
-    if not ON_GPU or installed("liger-kernel") is None:
-        return None
-    return made(getattr(importlib.import_module(f"liger_kernel.ops.{module}"), name))
+def liger(case: Case, backward: bool) -> Op:
+    if case.liger is None:
+        raise Absent("has no such operation")
+    if backward and not case.liger_backward:
+        raise Absent("writes over its inputs")
+    name, called = case.liger
+    return called(peer("liger-kernel", "liger_kernel.ops", name))
 
 
-def rms_norm_of(function: Any) -> Op:
-    """Not in place, as it would write over the gradient that it is given."""
-    return lambda **given: function.apply(given["x"], given["weight"], 1e-6, 0.0, "llama", False)
-
-
-def in_order(function: Any, names: tuple[str, ...], *more: float, **given: Tensor) -> Any:
-    return function.apply(*(given[name] for name in names), *more)
-
-
-def sides(case: Case) -> dict[str, Op | None]:
-    return {
-        "ours": partial(getattr(shardtune_kernels, case.op), **case.options),
-        "eager": partial(getattr(reference, case.op), **case.options),
-        "liger": case.liger,
-    }
-
-
-def step(case: Case, op: Op, backward: bool) -> Callable[[], None]:
+def step(case: Case, op: Op, backward: bool) -> Work:
     """One call; with gradients of what is trained."""
     leaves = {n: t.detach().requires_grad_(backward and n in case.trained) for n, t in case.tensors.items()}
     wanted = [leaves[name] for name in case.trained]
     with torch.no_grad():
-        outputs = as_tuple(op(**leaves))
-    gradients = [torch.randn_like(output) for output in outputs]
-    del outputs
+        gradients = [torch.randn_like(output) for output in as_tuple(op(**leaves))]
 
     def once() -> None:
         with torch.set_grad_enabled(backward):
@@ -150,32 +123,24 @@ def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def check(small: list[Case]) -> None:
-    """Ends the run if an output or a gradient, in any dtype, is further off than it may be."""
-    for case in small:
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            given = {name: tensor.to(dtype) for name, tensor in case.tensors.items()}
-            ours, eager = (sides(case)[name] for name in ("ours", "eager"))
-            got, plain = (results(case, op, given) for op in (ours, eager))
-            exact = results(case, eager, {name: tensor.double() for name, tensor in given.items()})
-            for g, p, e in zip(got, plain, exact, strict=True):
-                allowed = 1e-5 if dtype == torch.float32 else max(1.5 * error(p, e), 1e-5)
-                if error(g, e) > allowed:
-                    raise SystemExit(f"gpu_pointwise: {case.name} in {dtype} is off by {error(g, e):.3g}")
-
-
-def results(case: Case, op: Op | None, given: dict[str, Tensor]) -> list[Tensor]:
-    assert op is not None
-    leaves = {name: tensor.detach().requires_grad_(name in case.trained) for name, tensor in given.items()}
-    outputs = as_tuple(op(**leaves))
-    generator = torch.Generator().manual_seed(0)
-    gradients = [
-        torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.device, o.dtype) for o in outputs
-    ]  # fmt: skip
-    return [
-        *(o.detach() for o in outputs),
-        *torch.autograd.grad(outputs, [leaves[name] for name in case.trained], gradients),
-    ]
+def main() -> None:
+    bench = Benchmark(None, __doc__, ["liger-kernel"])
+    bench.correct(errors(case.check() for case in cases(small=True)))
+    bandwidth = copy_bandwidth()
+    found = []
+    for case in cases(bench.small):
+        for backward in (False, True):
+            makers = {
+                "ours": lambda case=case, backward=backward: step(case, case.run(shardtune_kernels), backward),
+                "eager": lambda case=case, backward=backward: step(case, case.run(reference), backward),
+                "liger": lambda case=case, backward=backward: step(case, liger(case, backward), backward),
+            }
+            moved = SIZE * (sum(case.moved) if backward else case.moved[0])
+            line = bench.case(Sides(makers), what=case.name, backward=backward, bytes=moved)
+            times = {"ours": line["ours_ms"], **line["peers_ms"]}
+            line["share_of_copy"] = {n: moved / t * 1e3 / bandwidth for n, t in times.items() if t and bandwidth}
+            found.append(line)
+    bench.report(found, copy_gigabytes_per_second=bandwidth / 1e9 if bandwidth else None)
 
 
 if __name__ == "__main__":

@@ -7,91 +7,46 @@ at growing lengths.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
-from _gpu_timing import DEVICE, ON_GPU, error, header, in_turn, met, parser, peak_bytes, ratio, report
+from _gpu_line import Absent, Benchmark, Check, Sides, Target, case_of, errors
+from _gpu_timing import DEVICE, ON_GPU, Work, peak_bytes
 from torch import Tensor
 from torch.nn import functional
 
 from shardtune_kernels import biased_attention, reference
 
 TARGET_MS = 1.0
-TARGETS = {"eager": 4.0, "sdpa": 1.8}
+FASTER = {"frozen": {"eager": 4.0}, "trained": {"eager": 4.0, "sdpa": 1.8}}
 LINEAR = 1.1
 """How many times as much memory for each query the longest may take as the shortest."""
 BUCKETS, MAX_DISTANCE = 32, 128
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-class Case(NamedTuple):
-    """Leaves and the gradient of the output."""
-
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor]
-    grad: Tensor
-    trained: bool
-
-
-def main() -> None:
-    arguments = parser(__doc__)
-    given = arguments.parse_args()
-    b, h, s, d = (1, 2, 40, 16) if given.small else (8, 32, 1024, 64)
-    rounds = 1 if given.small else given.rounds
-    lengths = (32, 64) if given.small else (1024, 2048, 4096)
-    errors = {
-        str(dtype).partition(".")[2]: errors_in(dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)
-    }
-    peers: dict[str, Attention | None] = {"ours": ours, "eager": eager, "sdpa": sdpa, "flex": flex(s)}
-    cases: dict[str, Any] = {}
-    for name, trained in (("frozen", False), ("trained", True)):
-        case = random_case(b, h, s, d, trained, torch.bfloat16)
-        sides = {side: None if f is None else runner(f, case) for side, f in peers.items()}
-        if not works(sides["flex"]):
-            sides["flex"] = None
-        times = in_turn(sides, rounds, 1 if given.small else 5)
-        ratios = {side: ratio(times, side) for side in ("eager", "sdpa", "flex")}
-        cases[name] = {
-            "milliseconds": times, "ratio": ratios,
-            "met": {"milliseconds": met(times["ours"], TARGET_MS, at_most=True)}
-            | {side: met(ratios[side], target) for side, target in TARGETS.items() if trained or side == "eager"},
-        }  # fmt: skip
-    dropout = runner(
-        lambda *x: biased_attention(*x, dropout=0.1, seed=1), random_case(b, h, s, d, True, torch.bfloat16)
-    )
-    with_dropout = in_turn({"ours": dropout}, rounds, 1 if given.small else 5)
-    peaks = {length: peak_bytes(runner(ours, random_case(b, h, length, d, True, torch.bfloat16))) for length in lengths}
-    first, last = peaks[lengths[0]], peaks[lengths[-1]]
-    growth = None if first is None or last is None else (last / lengths[-1]) / (first / lengths[0])
-    report({
-        **header("gpu_t5_attention"), "shape": {"b": b, "h": h, "s": s, "d": d}, "rounds": rounds, "errors": errors,
-        "cases": cases, "dropout_0.1_trained_milliseconds": with_dropout["ours"],
-        "targets": {"milliseconds": TARGET_MS, **TARGETS},
-        "peak_bytes": {str(length): peak for length, peak in peaks.items()},
-        "peak_bytes_for_each_query": {"longest_over_shortest": growth, "target": LINEAR,
-                                      "met": met(growth, LINEAR, at_most=True)},
-    })  # fmt: skip
+class Shape(NamedTuple):
+    b: int
+    h: int
+    s: int
+    d: int
 
 
-def random_case(b: int, h: int, s: int, d: int, trained: bool, dtype: torch.dtype) -> Case:
-    """As transformers lays them out: [b, s, h, d] in memory."""
+def draw(shape: Shape) -> dict[str, Tensor]:
+    """In float64, as transformers lays them out: [b, s, h, d] in memory; T5 has no scale, its weights do that."""
+    b, h, s, d = shape
+    drawn = {name: torch.randn(b, s, h, d).double().transpose(1, 2) for name in ("q", "k", "v")}
+    return {**drawn, "q": drawn["q"] * d**-0.5, "table": torch.randn(BUCKETS, h).double()}
+
+
+def step(attention: Attention, shape: Shape, trained: bool) -> Work:
+    """Forward and backward, as a training step does them, in bfloat16."""
     torch.manual_seed(0)
-    q, k, v, grad = (torch.randn(b, s, h, d, device=DEVICE).to(dtype).transpose(1, 2) for _ in range(4))
-    table = torch.randn(BUCKETS, h, device=DEVICE)
-    q = q * d**-0.5  # T5 has no scale: its weights do that
-    inputs = (*tuple(x.requires_grad_() for x in (q, k, v)), table.to(dtype).requires_grad_(trained))
-    return Case(inputs, grad, trained)  # pyright: ignore[reportArgumentType]
-
-
-def runner(attention: Attention, case: Case) -> Callable[[], Any]:
-    """Forward and backward, as a training step does them."""
-    leaves = [x for x in case.inputs if x.requires_grad]
-    return lambda: torch.autograd.grad(attention(*case.inputs), leaves, case.grad)
-
-
-def ours(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
-    return biased_attention(q, k, v, table)
+    given = {name: tensor.to(DEVICE, torch.bfloat16) for name, tensor in draw(shape).items()}
+    leaves = [tensor.requires_grad_(trained or name != "table") for name, tensor in given.items()]
+    gradient = torch.randn_like(given["q"])
+    return lambda: torch.autograd.grad(attention(**given), [x for x in leaves if x.requires_grad], gradient)
 
 
 def written_out(q: Tensor, table: Tensor) -> Tensor:
@@ -112,10 +67,10 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
     return functional.scaled_dot_product_attention(q, k, v, written_out(q, table), scale=1.0)
 
 
-def flex(length: int) -> Attention | None:
-    """Compiled, its bias looked up by a score function; the table's gradient is torch's. None without a GPU."""
+def flex(length: int) -> Attention:
+    """Compiled, its bias looked up by a score function; the table's gradient is torch's."""
     if not ON_GPU:
-        return None
+        raise Absent("is compiled for a GPU")
     from torch.nn.attention.flex_attention import flex_attention
 
     positions = torch.arange(length, device=DEVICE)
@@ -134,42 +89,36 @@ def flex(length: int) -> Attention | None:
     return attention
 
 
-def works(side: Callable[[], Any] | None) -> bool:
-    """Whether a peer runs here at all."""
-    if side is None:
-        return False
-    try:
-        side()
-    except Exception as error_:
-        print(f"bench: flex_attention does not run here: {error_}"[:500], file=sys.stderr)
-        return False
-    return True
+def main() -> None:
+    bench = Benchmark("G7", __doc__)
+    checked = Shape(1, 2, 40, 16) if bench.small else Shape(2, 3, 500, 64)
+    bench.correct(errors([
+        Check("biased_attention", biased_attention, reference.biased_attention, lambda: draw(checked))
+    ]))  # fmt: skip
+    shape = Shape(1, 2, 40, 16) if bench.small else Shape(8, 32, 1024, 64)
 
+    def limit(times: Mapping[str, float]) -> dict[str, Target]:
+        return {"milliseconds": Target(times["ours"], TARGET_MS, at_most=True)}
 
-def errors_in(dtype: torch.dtype) -> dict[str, float]:
-    """Relative errors of output and gradients beside float64; ends the benchmark where one is too large."""
-    case = random_case(1, 2, 70, 16, True, dtype)
-    found = one_pass(ours, case.inputs, case.grad)
-    wide = tuple(x.detach().double().requires_grad_() for x in case.inputs)
-    truth = one_pass(reference_attention, wide, case.grad.double())
-    errors = {name: error(found[name], truth[name]) for name in truth}
-    limit = 1e-5 if dtype == torch.float32 else 0.02
-    if max(errors.values()) > limit:
-        raise SystemExit(f"bench: wrong in {dtype}: {errors}")
-    return errors
+    def dropped(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+        return biased_attention(q, k, v, table, dropout=0.1, seed=1)
 
-
-def reference_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
-    return reference.biased_attention(q, k, v, table)
-
-
-def one_pass(attention: Attention, inputs: tuple[Tensor, ...], grad: Tensor) -> dict[str, Tensor]:
-    """Output and gradients by name."""
-    q, k, v, table = inputs
-    out = attention(q, k, v, table)
-    return dict(
-        zip(("out", "dq", "dk", "dv", "dtable"), (out.detach(), *torch.autograd.grad(out, inputs, grad)), strict=True)
-    )
+    cases = []
+    for bias, faster in FASTER.items():
+        peers = {"ours": biased_attention, "eager": eager, "sdpa": sdpa}
+        makers = {name: lambda of=of, bias=bias: step(of, shape, bias == "trained") for name, of in peers.items()}
+        makers["flex"] = lambda bias=bias: step(flex(shape.s), shape, bias == "trained")
+        cases.append(bench.case(Sides(makers), faster, limit, shape=shape._asdict(), bias=bias, dropout=0.0))
+    alone = bench.case(Sides({"ours": lambda: step(dropped, shape, True)}), shape=shape._asdict(), dropout=0.1)
+    lengths = (16, 32) if bench.small else (1024, 2048, 4096)
+    peaks = {s: peak_bytes(step(biased_attention, shape._replace(s=s), True)) for s in lengths}
+    first, last = peaks[lengths[0]], peaks[lengths[-1]]
+    growth = Target(first and last and (last / lengths[-1]) / (first / lengths[0]), LINEAR, at_most=True)
+    cases.append(case_of(
+        {"ours": None}, {}, targets={"bytes a query, longest over shortest": growth}, what="memory at growing lengths",
+        peak_bytes=peaks,
+    ))  # fmt: skip
+    bench.report(cases, with_dropout={"ours_ms": alone["ours_ms"], "dropout": 0.1})
 
 
 if __name__ == "__main__":

@@ -40,6 +40,26 @@ def agree(
     `dtype`; `trained`: which floating ones need no gradient. Both functions get all by name. `said` is printed on
     failure: shapes and seed.
     """
+    for name, (off, plain) in errors(op, truth, tensors, dtype, said, dtypes, trained).items():
+        allowed = limit(plain)
+        assert off <= allowed, f"{said}: {name} in {dtype} is off by {off:.3g}, allowed are {allowed:.3g}"
+
+
+def limit(plain: float | None) -> float:
+    """The error that is allowed where the reference's, in the same 16 bits, is `plain`; None: in float32."""
+    return FLOAT32_LIMIT if plain is None else max(WORSE * plain, FLOAT32_LIMIT)
+
+
+def errors(
+    op: Callable[..., Outputs],
+    truth: Callable[..., Outputs],
+    tensors: Mapping[str, Tensor | None],
+    dtype: torch.dtype,
+    said: object = "",
+    dtypes: Mapping[str, torch.dtype] | None = None,
+    trained: Mapping[str, bool] | None = None,
+) -> dict[str, tuple[float, float | None]]:
+    """Of each output and gradient the error, and in 16 bits that of the reference in the same dtype; see `agree`."""
     rounded: dict[str, Tensor | None] = {}
     for name, value in tensors.items():
         if value is None or not value.is_floating_point():
@@ -54,12 +74,12 @@ def agree(
     exact = _run(truth, {n: v.double() if n in needed or _floats(v) else v for n, v in rounded.items()}, needed, None)
     plain = _run(truth, rounded, needed, None) if dtype.itemsize < 4 else None
     assert own.keys() == exact.keys(), (said, own.keys(), exact.keys())
+    found: dict[str, tuple[float, float | None]] = {}
     for name, wanted in exact.items():
         got = own[name]
         assert got.shape == wanted.shape, f"{said}: {name} is {tuple(got.shape)}, not {tuple(wanted.shape)}"
-        off = distance(got, wanted)
-        limit = FLOAT32_LIMIT if plain is None else max(WORSE * distance(plain[name], wanted), FLOAT32_LIMIT)
-        assert off <= limit, f"{said}: {name} in {dtype} is off by {off:.3g}, allowed are {limit:.3g}"
+        found[name] = distance(got, wanted), None if plain is None else distance(plain[name], wanted)
+    return found
 
 
 def distance(got: Tensor, wanted: Tensor) -> float:
