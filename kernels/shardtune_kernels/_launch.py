@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import triton
@@ -19,6 +19,8 @@ if INTERPRETED:
 
     round_to_nearest()
 Launch = TypeVar("Launch", bound=Callable[..., None])
+jit: Any = triton.jit
+"""As Any: what it makes is started with options, num_warps and the like, that are no parameters of the kernel."""
 
 
 def on_triton(tensor: Tensor) -> bool:
@@ -36,12 +38,22 @@ def dot_type(dtype: torch.dtype) -> tl.dtype:
 def writes(*outputs: str) -> Callable[[Launch], Launch]:
     """Of a function that starts kernels which write into its arguments `outputs`, and returns None.
 
-    torch.compile takes the call for one opaque operation; without it, it is the function itself.
+    torch.compile takes the call for one opaque operation; without it, it is the function itself. It runs with the GPU
+    of its first tensor as the current one, which Triton launches on.
     """
 
     def wrap(function: Launch) -> Launch:
+        def there(*arguments: Any, **named: Any) -> None:
+            first = next(given for given in (*arguments, *named.values()) if isinstance(given, Tensor))
+            if first.is_cuda and first.device.index != torch.cuda.current_device():
+                with torch.cuda.device_of(first):
+                    function(*arguments, **named)
+            else:
+                function(*arguments, **named)
+
         name = f"{function.__module__}.{function.__qualname__}".replace(".", "_")
-        opaque = torch.library.custom_op(f"shardtune_kernels::{name}", function, mutates_args=outputs)
+        schema = torch.library.infer_schema(function, mutates_args=outputs)
+        opaque = torch.library.custom_op(f"shardtune_kernels::{name}", there, mutates_args=outputs, schema=schema)
         opaque.register_fake(lambda *arguments, **named: None)
 
         @wraps(function)
@@ -49,9 +61,9 @@ def writes(*outputs: str) -> Callable[[Launch], Launch]:
             if torch.compiler.is_compiling():
                 opaque(*arguments, **named)
             else:
-                function(*arguments, **named)
+                there(*arguments, **named)
 
-        return start  # pyright: ignore[reportReturnType]
+        return cast(Launch, start)
 
     return wrap
 
@@ -59,3 +71,8 @@ def writes(*outputs: str) -> Callable[[Launch], Launch]:
 def power_of_two(size: int, at_least: int = 16, at_most: int = 1 << 30) -> int:
     """The smallest power of two that holds `size`, within bounds: the width of a block."""
     return max(at_least, min(at_most, 1 << max(size - 1, 0).bit_length()))
+
+
+def ceil_div(size: int, block: int) -> int:
+    """How many blocks hold `size`."""
+    return -(-size // block)

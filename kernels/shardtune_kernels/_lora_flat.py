@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from shardtune_kernels._autograd import Function
 from shardtune_kernels._launch import INTERPRETED
 from shardtune_kernels.weights import LoraWeights
 
@@ -31,7 +32,7 @@ def is_flat(x: Tensor, w: LoraWeights, dropout: float) -> bool:
     )
 
 
-class _Flat(torch.autograd.Function):
+class _Flat(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         xa = functional.linear(x, a)
@@ -59,7 +60,7 @@ class _Flat(torch.autograd.Function):
         return dx, dw, da, db, None
 
 
-_apply: Any = super(torch.autograd.Function, _Flat).apply  # pyright: ignore[reportAttributeAccessIssue]
+_apply: Any = super(Function, _Flat).apply
 """Without the wrapper for functorch's transforms, which costs as much as a product."""
 
 

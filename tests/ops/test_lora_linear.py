@@ -115,8 +115,9 @@ def test_values_and_gradients(dtype: torch.dtype, seed: int) -> None:
 
 @pytest.mark.parametrize("rank", [40, 70])
 @pytest.mark.parametrize("rate", [0.0, 0.25])
-def test_larger_ranks(rank: int, rate: float) -> None:
-    check(shardtune_kernels, rank, torch.float32, 2, (33,), 24, rank, rate)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_larger_ranks(layers: int, rank: int, rate: float) -> None:
+    check(shardtune_kernels, rank, torch.float32, layers, (33,), 24, rank, rate)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
