@@ -201,6 +201,11 @@ def test_values_are_those_of_bitsandbytes(seed: int) -> None:
         got = shardtune_kernels.nf4_dequantize(weight)
         assert got.dtype == dtype
         assert torch.equal(got, wanted.to(DEVICE)), f"seed {seed}: {(n, k)} {dtype} {kind} {block} nested {nested}"
+        back = FourBitWeight.from_bitsandbytes(packed.to(DEVICE), weight.to_bitsandbytes())
+        assert torch.equal(shardtune_kernels.nf4_dequantize(back), got)
+        returned = weight.to_bitsandbytes()
+        returned.shape = state.shape
+        assert torch.equal(functional.dequantize_4bit(packed, returned).flatten()[: n * k].view(n, k), wanted)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from comparing import DEVICE, DTYPES, agree, distance, seed_everything
 from mutants import Mutant, is_noticed, only_interpreted
 from torch import Tensor
@@ -18,8 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import shardtune_kernels
 from shardtune_kernels import FourBitWeight, LoraWeights, lora_linear, lora_qkv, reference
-from shardtune_kernels._launch import INTERPRETED
-from shardtune_kernels.dropout import dropout_mask, kept_tile
+from shardtune_kernels.dropout import dropout_mask
 
 RATES = [0.0, 0.25, 0.5]  # multiples of 2⁻¹⁶
 
@@ -258,34 +255,6 @@ def _swapped(parameters: list[torch.nn.Parameter]) -> None:
         kept = parameter.data.clone()
         parameter.data.view(torch.uint8).fill_(255)
         parameter.data = kept
-
-
-def test_a_mask_is_random_and_reproducible() -> None:
-    one, other = (dropout_mask(seed, 0.25, (64, 512), DEVICE).float() for seed in (11, 12))
-    torch.testing.assert_close(one, dropout_mask(11, 0.25, (64, 512), DEVICE).float())
-    share = 4 * (0.25 * 0.75 / one.numel()) ** 0.5
-    assert abs(float(one.mean()) - 0.75) < share
-    centred, of_other = one - 0.75, other - 0.75
-    neighbours = [centred.roll(shift, dim) for dim in (0, 1) for shift in (1, 2, 4, 8)]
-    for beside in (of_other, *neighbours):
-        assert abs(float((centred * beside).mean())) < share
-    assert dropout_mask(1, 0.0, (3, 5), DEVICE).all()
-
-
-@triton.jit
-def _two_tiles(out_ptr, dropped, far):
-    rows = tl.arange(0, 16).to(tl.int64)
-    at = tl.arange(0, 16)[:, None] * 128 + tl.arange(0, 128)[None, :]
-    tl.store(out_ptr + at, kept_tile(5, rows, 0, dropped, 16, 128))
-    tl.store(out_ptr + 2048 + at, kept_tile(5, rows + far, 0, dropped, 16, 128))
-
-
-@pytest.mark.skipif(DEVICE.type == "cpu" and not INTERPRETED, reason="kernels run on a GPU or in the interpreter")
-def test_masks_beyond_32_bits_of_rows() -> None:
-    """Rows whose number has other high bits have other masks."""
-    out = torch.zeros(2, 2048, dtype=torch.bool, device=DEVICE)
-    _two_tiles[(1,)](out, 1 << 15, 1 << 32)
-    assert 0.4 < float((out[0] == out[1]).float().mean()) < 0.6
 
 
 def test_seeds_come_from_the_stream_that_recomputation_sets_back() -> None:

@@ -99,6 +99,8 @@ def check_unpad(kernels: Any, seed: int) -> None:
     offsets = torch.tensor([0, 6, 9], device=DEVICE)
     assert kernels.unpad(cut, offsets).tolist() == [1, 2, 3, 4, 0, 0, 5, 6, 7]
     assert kernels.unpad(cut, offsets, 9, left=True).tolist() == [0, 0, 1, 2, 3, 4, 6, 7, 8]
+    for left in (False, True):  # rows longer than there is width for
+        assert torch.equal(reference.unpad(cut, offsets, left), kernels.unpad(cut, offsets, 9, left))
 
 
 def check_unpad_gradient(kernels: Any, seed: int) -> None:
