@@ -11,7 +11,6 @@ from torch import Tensor
 
 from shardtune_kernels._launch import writes
 
-
 SEEN: list[int] = []
 
 

@@ -17,42 +17,36 @@ from shardtune_kernels._launch import INTERPRETED
 Op = Callable[[Tensor], Tensor | tuple[Tensor, ...]]
 
 
-def layer(n: int, k: int) -> LoraWeights:
-    return LoraWeights(*(torch.randn(shape).to(DEVICE) for shape in ((n, k), (n,), (3, k), (n, 3))))
+def drawn(*shape: int) -> Tensor:
+    """The same for each call."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(DEVICE)
+
+
+def layer(n: int, k: int, bias: bool = True) -> LoraWeights:
+    return LoraWeights(drawn(n, k), drawn(n) if bias else None, drawn(3, k), drawn(n, 3))
 
 
 def four_bits() -> FourBitWeight:
-    packed = torch.randint(256, (5 * 64 // 2,), dtype=torch.uint8, device=DEVICE)
-    return FourBitWeight(packed, torch.rand(5, device=DEVICE) + 0.5, (5, 64), torch.float32)
+    packed = torch.arange(5 * 64 // 2, dtype=torch.uint8, device=DEVICE)
+    return FourBitWeight(packed, drawn(5).abs() + 0.5, (5, 64), torch.float32)
 
 
-def row(width: int) -> Tensor:
-    return torch.randn(width).to(DEVICE)
-
-
-OPS: dict[str, tuple[tuple[int, ...], Callable[[], Op]]] = {
-    "lora_linear": ((6, 8), lambda: lambda x, w=layer(5, 8): kernels.lora_linear(x, w)),
-    "lora_linear, flat": ((6, 8), lambda: lambda x, w=layer(5, 8): kernels.lora_linear(x, w._replace(bias=None))),
-    "lora_linear, dropout": ((6, 8), lambda: lambda x, w=layer(5, 8): kernels.lora_linear(x, w, 0.25, 3)),
-    "lora_qkv": ((6, 8), lambda: lambda x, w=(layer(5, 8), layer(4, 8)): kernels.lora_qkv(x, w)),
-    "lora_gated_mlp": (
-        (6, 8), lambda: lambda x, w=(layer(9, 8), layer(9, 8), layer(8, 9)): kernels.lora_gated_mlp(x, *w)
-    ),
-    "four_bit_linear": ((6, 64), lambda: lambda x, w=four_bits(): kernels.four_bit_linear(x, w)),
+OPS: dict[str, tuple[tuple[int, ...], Op]] = {
+    "lora_linear": ((6, 8), lambda x: kernels.lora_linear(x, layer(5, 8))),
+    "lora_linear, flat": ((6, 8), lambda x: kernels.lora_linear(x, layer(5, 8, False))),
+    "lora_linear, dropout": ((6, 8), lambda x: kernels.lora_linear(x, layer(5, 8), 0.25, 3)),
+    "lora_qkv": ((6, 8), lambda x: kernels.lora_qkv(x, (layer(5, 8), layer(4, 8)))),
+    "lora_gated_mlp": ((6, 8), lambda x: kernels.lora_gated_mlp(x, layer(9, 8), layer(9, 8), layer(8, 9))),
+    "four_bit_linear": ((6, 64), lambda x: kernels.four_bit_linear(x, four_bits())),
     "linear_cross_entropy": (
-        (6, 8),
-        lambda: lambda x, w=torch.randn(7, 8).to(DEVICE): kernels.linear_cross_entropy(
-            x, w, torch.arange(6, device=DEVICE)
-        ),
+        (6, 8), lambda x: kernels.linear_cross_entropy(x, drawn(7, 8), torch.arange(6, device=DEVICE))
     ),
-    "rms_norm": ((6, 8), lambda: lambda x, w=row(8): kernels.rms_norm(x, w, 1e-6)),
-    "layer_norm": ((6, 8), lambda: lambda x, w=row(8): kernels.layer_norm(x, w, w, 1e-6)),
-    "rope": ((1, 2, 3, 8), lambda: lambda x, c=torch.randn(1, 3, 8).to(DEVICE): kernels.rope(x, x, c, c)),
-    "gated_activation": ((6, 8), lambda: lambda x: kernels.gated_activation(x, x)),
-    "biased_attention": ((1, 2, 5, 8), lambda: lambda x: kernels.biased_attention(x, x, x)),
-    "unpad": (
-        (2, 3, 4), lambda: lambda x, o=torch.tensor([0, 2, 5], device=DEVICE): kernels.unpad(x, o)
-    ),
+    "rms_norm": ((6, 8), lambda x: kernels.rms_norm(x, drawn(8), 1e-6)),
+    "layer_norm": ((6, 8), lambda x: kernels.layer_norm(x, drawn(8), None, 1e-6)),
+    "rope": ((1, 2, 3, 8), lambda x: kernels.rope(x, x, drawn(1, 3, 8), drawn(1, 3, 8))),
+    "gated_activation": ((6, 8), lambda x: kernels.gated_activation(x, x)),
+    "biased_attention": ((1, 2, 5, 8), lambda x: kernels.biased_attention(x, x, x)),
+    "unpad": ((2, 3, 4), lambda x: kernels.unpad(x, torch.tensor([0, 2, 5], device=DEVICE))),
 }  # fmt: skip
 PLAIN = () if INTERPRETED or DEVICE.type == "cuda" else (
     "rms_norm", "layer_norm", "rope", "gated_activation"
@@ -67,8 +61,7 @@ def test_every_op_with_a_gradient_is_here() -> None:
 def started(name: str) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     """The op, summed up to one number, and an x."""
     torch.manual_seed(0)
-    shape, made = OPS[name]
-    op = made()
+    shape, op = OPS[name]
 
     def summed(x: Tensor) -> Tensor:
         y = op(x)
