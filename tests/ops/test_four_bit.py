@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import random
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 import resources
 import torch
 from comparing import DEVICE, DTYPES, agree, seed_everything
+from compiling import same_when_compiled
 from mutants import Mutant, is_noticed, only_interpreted
 from torch import Tensor
 
@@ -320,13 +320,5 @@ def test_compiled(dtype: torch.dtype) -> None:
     def layer(x: Tensor, bias: Tensor) -> Tensor:
         return shardtune_kernels.four_bit_linear(x * 2, weight, bias) + shardtune_kernels.nf4_dequantize(weight).sum()
 
-    results = []
-    for function in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
-        torch.manual_seed(0)
-        x = torch.randn(2, 5, 128).to(DEVICE, dtype).requires_grad_()
-        bias = torch.randn(24).to(DEVICE, dtype).requires_grad_()
-        with warnings.catch_warnings():  # torch.compile makes an instance of the function, which torch warns of
-            warnings.filterwarnings("ignore", "<class 'torch.autograd.function.Function'> should not be instantiated")
-            y = function(x, bias)
-        results.append((y, *torch.autograd.grad(y, (x, bias), torch.ones_like(y))))
-    torch.testing.assert_close(*results, rtol=0, atol=0)
+    tensors = {"x": torch.randn(2, 5, 128), "bias": torch.randn(24)}
+    same_when_compiled(layer, {name: tensor.to(dtype) for name, tensor in tensors.items()})

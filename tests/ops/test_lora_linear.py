@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from comparing import DEVICE, DTYPES, agree, distance, seed_everything
+from compiling import same_when_compiled
 from mutants import Mutant, is_noticed, only_interpreted
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -321,29 +322,16 @@ def test_errors(bias: int | None) -> None:
             lora_linear(x, LoraWeights(w, of_bias, a, b), rate)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile does
 @pytest.mark.parametrize("rate", [0.0, 0.5])
 def test_compiled(rate: float) -> None:
     torch.manual_seed(0)
-    x = torch.randn(34, 20, device=DEVICE, requires_grad=True)
-    layers = [
-        LoraWeights(
-            *(torch.randn(s, device=DEVICE, requires_grad=True) for s in ((270, 20), (270,), (2, 20), (270, 2)))
-        )
-        for _ in range(2)
-    ]
+    shapes = {"weight": (270, 20), "bias": (270,), "a": (2, 20), "b": (270, 2)}
+    tensors = {f"{name}_{i}": torch.randn(shape) for i in range(2) for name, shape in shapes.items()}
 
-    def call(x: Tensor) -> tuple[Tensor, ...]:
-        return lora_qkv(x, layers, rate)
+    def call(x: Tensor, **of: Tensor) -> tuple[Tensor, ...]:
+        return lora_qkv(x, [LoraWeights(*(of[f"{name}_{i}"] for name in shapes)) for i in range(2)], rate)
 
-    leaves: list[Any] = [x, *layers[0][:4], *layers[1][:4]]
-    found = []
-    torch._dynamo.reset()
-    for function in (call, torch.compile(call, backend="aot_eager", fullgraph=True)):
-        torch.manual_seed(1)
-        y = function(x)
-        found.append((*y, *torch.autograd.grad(sum(o.sin().sum() for o in y), leaves)))
-    torch.testing.assert_close(*found)
+    same_when_compiled(call, tensors | {"x": torch.randn(34, 20)})
 
 
 KERNELS, DROPOUT = "_lora_kernels", "dropout"
