@@ -147,8 +147,8 @@ def _broken(kernels: Any) -> None:
 KERNELS = "_four_bit_kernels"
 MUTANTS = [
     Mutant("dequantize: nibbles swapped", KERNELS, "((tl.arange(0, 8) ^ 1) * 4)", "(tl.arange(0, 8) * 4)"),
-    Mutant("dequantize: sign", KERNELS, "* scales[:, None]).to(VALUE)\n\n\n@triton.jit\ndef deq",
-           "* -scales[:, None]).to(VALUE)\n\n\n@triton.jit\ndef deq"),
+    Mutant("dequantize: sign", KERNELS, "* scales[:, None]).to(VALUE)\n\n\n@jit\ndef deq",
+           "* -scales[:, None]).to(VALUE)\n\n\n@jit\ndef deq"),
     Mutant("dequantize: scales of other words", KERNELS, "(word + 2 * LANES)", "(word + 1 * LANES)"),
     Mutant("dequantize: words again", KERNELS, "packed_words + 3 * LANES", "packed_words + 2 * LANES"),
     Mutant("dequantize: no mask at the end", KERNELS, "LANES, values, mask=inside", "LANES, values"),
