@@ -14,12 +14,11 @@ from functools import cache
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from shardtune_kernels import reference
-from shardtune_kernels._launch import dot_type, power_of_two
+from shardtune_kernels._launch import dot_type, jit, power_of_two
 
 LANES = 128
 """Words of four bytes that a program of `dequantize_kernel` reads at once, one a thread; it does so four times."""
@@ -48,7 +47,7 @@ def nested_table(device: torch.device) -> Tensor:
     return reference.nested_code().to(device)
 
 
-@triton.jit
+@jit
 def _scales(index, absmax, nested_absmax, offset, nested_codes, NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr):
     """Scales of the blocks `index`. Each operation rounds by itself: kernels are built without fused multiply-adds."""
     if NESTED:
@@ -58,14 +57,14 @@ def _scales(index, absmax, nested_absmax, offset, nested_codes, NESTED: tl.const
         return tl.load(absmax + index)
 
 
-@triton.jit
+@jit
 def _of_words(words, scales, codes, VALUE: tl.constexpr):
     """[LANES, 8] values of four bytes each, the lowest byte first and its high nibble before the low one."""
     nibbles = (words[:, None] >> ((tl.arange(0, 8) ^ 1) * 4)[None, :]) & 15
     return (tl.load(codes + nibbles) * scales[:, None]).to(VALUE)
 
 
-@triton.jit
+@jit
 def dequantize_kernel(
     packed, absmax, nested_absmax, offset, codes, nested_codes, out, count, whole,
     BLOCK: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr, VALUE: tl.constexpr, LANES: tl.constexpr,
@@ -109,7 +108,7 @@ def dequantize_kernel(
             tl.store(to + turn * 8 * LANES, values, mask=inside)
 
 
-@triton.jit
+@jit
 def _of_bytes(byte, scales, codes, ROWS: tl.constexpr, BYTES: tl.constexpr, VALUE: tl.constexpr, DOT: tl.constexpr):
     """[ROWS, 2 · BYTES] weights of a tile of bytes, looked up in shared memory, where no two banks collide: 64 bytes
     lie in 16 of them."""
@@ -118,7 +117,7 @@ def _of_bytes(byte, scales, codes, ROWS: tl.constexpr, BYTES: tl.constexpr, VALU
     return (found * scales[:, None]).to(VALUE).to(DOT)
 
 
-@triton.jit
+@jit
 def product_kernel(
     x, packed, absmax, nested_absmax, offset, codes, nested_codes, bias, out,
     m, n, x_stride, row_bytes, row_blocks, part,
@@ -150,7 +149,7 @@ def product_kernel(
     tl.store(to, total.to(out.dtype.element_ty), mask=(tokens < m)[None, :] & (rows < n)[:, None])
 
 
-@triton.jit
+@jit
 def transposed_product_kernel(
     dy, packed, absmax, nested_absmax, offset, codes, nested_codes, out,
     m, n, k, dy_stride, row_bytes, row_blocks, part,
@@ -179,7 +178,7 @@ def transposed_product_kernel(
     tl.store(to, total.to(out.dtype.element_ty), mask=(tokens < m)[None, :])
 
 
-@triton.jit
+@jit
 def sum_kernel(parts, bias, out, count, n, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, SIZE: tl.constexpr):
     """out[i] = Σ over splits of parts[split, i], plus the bias of its column, in the order of the splits."""
     index = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache, wraps
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import triton
@@ -19,6 +19,8 @@ if INTERPRETED:
 
     round_to_nearest()
 Launch = TypeVar("Launch", bound=Callable[..., None])
+jit: Any = triton.jit
+"""As Any: what it makes is started with options, num_warps and the like, that are no parameters of the kernel."""
 
 
 def on_triton(tensor: Tensor) -> bool:
@@ -44,25 +46,23 @@ def dot_type(dtype: torch.dtype) -> tl.dtype:
 def writes(*outputs: str) -> Callable[[Launch], Launch]:
     """Of a function that starts kernels which write into its arguments `outputs`, and returns None.
 
-    torch.compile takes the call for one opaque operation; without it, it is the function itself. Either way the device
-    of the arguments is the current one: Triton launches on that, wherever the memory is.
+    torch.compile takes the call for one opaque operation; without it, it is the function itself. It runs with the GPU
+    of its first tensor on one as the current one, which Triton launches on.
     """
 
     def wrap(function: Launch) -> Launch:
-        name = f"{function.__module__}.{function.__qualname__}".replace(".", "_")
-
         def there(*arguments: Any, **named: Any) -> None:
-            device = _another_device((*arguments, *named.values()))
-            if device is None:
-                function(*arguments, **named)
-                return
-            with torch.cuda.device(device):
+            given = (*arguments, *named.values())
+            first = next((value for value in given if isinstance(value, Tensor) and value.is_cuda), None)
+            if first is not None and first.device.index != torch.cuda.current_device():
+                with torch.cuda.device_of(first):
+                    function(*arguments, **named)
+            else:
                 function(*arguments, **named)
 
-        opaque = torch.library.custom_op(
-            f"shardtune_kernels::{name}", there, mutates_args=outputs,
-            schema=torch.library.infer_schema(function, mutates_args=outputs),
-        )  # fmt: skip
+        name = f"{function.__module__}.{function.__qualname__}".replace(".", "_")
+        schema = torch.library.infer_schema(function, mutates_args=outputs)
+        opaque = torch.library.custom_op(f"shardtune_kernels::{name}", there, mutates_args=outputs, schema=schema)
         opaque.register_fake(lambda *arguments, **named: None)
 
         @wraps(function)
@@ -72,26 +72,16 @@ def writes(*outputs: str) -> Callable[[Launch], Launch]:
             else:
                 there(*arguments, **named)
 
-        return start  # pyright: ignore[reportReturnType]
+        return cast(Launch, start)
 
     return wrap
-
-
-@cache
-def _several_devices() -> bool:
-    return torch.cuda.device_count() > 1
-
-
-def _another_device(arguments: Iterable[Any]) -> torch.device | None:
-    """That of the first tensor on a GPU, if it is not the current one."""
-    if not _several_devices():
-        return None
-    for given in arguments:
-        if isinstance(given, Tensor) and given.is_cuda:
-            return None if given.device.index == torch.cuda.current_device() else given.device
-    return None
 
 
 def power_of_two(size: int, at_least: int = 16, at_most: int = 1 << 30) -> int:
     """The smallest power of two that holds `size`, within bounds: the width of a block."""
     return max(at_least, min(at_most, 1 << max(size - 1, 0).bit_length()))
+
+
+def ceil_div(size: int, block: int) -> int:
+    """How many blocks hold `size`."""
+    return -(-size // block)

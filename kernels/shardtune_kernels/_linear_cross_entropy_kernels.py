@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from shardtune_kernels._builds import Build
-from shardtune_kernels._launch import power_of_two
+from shardtune_kernels._launch import jit, power_of_two
 
 BLOCK = 8192
 """Of a row of logits: with 16 warps a thread holds 16 numbers, and a row of 128k takes 16 turns."""
@@ -15,7 +15,7 @@ RESCALED = 4096
 """Numbers of a program that rescales: 32 a thread with 4 warps, as four loads of 16 bytes in 16 bits."""
 
 
-@triton.jit
+@jit
 def _tanh(x):
     # Near 0 the quotient cancels: the series there, whose next term is below 1e-8 of the value.
     square = x * x
@@ -23,7 +23,7 @@ def _tanh(x):
     return tl.where(square < 0.0625, series, 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0))
 
 
-@triton.jit
+@jit
 def _logits_at(row, bias, columns, classes, stride, scale, soft_cap, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr):
     """float32: the logits of a block as the loss sees them, -inf beyond the last; and tanh, where they are capped."""
     # Up to the stride, a multiple of 16: so loads are whole for any number of classes.
@@ -38,7 +38,7 @@ def _logits_at(row, bias, columns, classes, stride, scale, soft_cap, HAS_BIAS: t
     return tl.where(inside, z, float("-inf")), turned
 
 
-@triton.jit
+@jit
 def _loss_kernel(
     logits, targets, bias, losses, classes, stride, scale, soft_cap, smoothing,
     HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, SMOOTHED: tl.constexpr, GRADIENT: tl.constexpr,
@@ -49,9 +49,7 @@ def _loss_kernel(
     row = logits + number.to(tl.int64) * stride
     target = tl.load(targets + number)
     # Read before anything is overwritten: the reductions below make all threads wait.
-    z_target, _of_target = _logits_at(  # pyright: ignore[reportGeneralTypeIssues]
-        row, bias, target, classes, stride, scale, soft_cap, HAS_BIAS, CAPPED
-    )
+    z_target, _of_target = _logits_at(row, bias, target, classes, stride, scale, soft_cap, HAS_BIAS, CAPPED)
     highest = tl.full((), float("-inf"), tl.float32)
     total = tl.full((), 0.0, tl.float32)
     plain_sum = tl.full((), 0.0, tl.float32)
@@ -84,7 +82,7 @@ def _loss_kernel(
             tl.store(row + columns, gradient.to(row.dtype.element_ty), mask=columns < stride)
 
 
-@triton.jit
+@jit
 def _rescale_kernel(source, out, factor, count, SAME: tl.constexpr, BLOCK: tl.constexpr):
     """out = source · factor, where both may lie in the same place: each number is read and written by one thread."""
     by = tl.load(factor)
@@ -117,7 +115,7 @@ def start_loss(
         logits, targets, losses if bias is None else bias, losses, classes, logits.stride(0), scale,
         1.0 if soft_cap is None else soft_cap, smoothing,
         HAS_BIAS=bias is not None, CAPPED=soft_cap is not None, SMOOTHED=smoothing != 0.0, GRADIENT=gradient,
-        BLOCK=block, num_warps=max(1, block // 512),  # pyright: ignore[reportCallIssue]
+        BLOCK=block, num_warps=max(1, block // 512),
     )  # fmt: skip
 
 
@@ -127,7 +125,7 @@ def start_rescale(source: Tensor, out: Tensor, factor: Tensor) -> None:
     if count:
         _rescale_kernel[(triton.cdiv(count, RESCALED),)](
             source, out, factor, count, SAME=source.dtype == out.dtype and source.data_ptr() == out.data_ptr(),
-            BLOCK=RESCALED, num_warps=4,  # pyright: ignore[reportCallIssue]
+            BLOCK=RESCALED, num_warps=4,
         )  # fmt: skip
 
 

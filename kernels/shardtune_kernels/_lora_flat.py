@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from shardtune_kernels._autograd import Function
 from shardtune_kernels._launch import INTERPRETED
 from shardtune_kernels.weights import LoraWeights
 
@@ -30,7 +31,7 @@ def is_flat(x: Tensor, w: LoraWeights, dropout: float) -> bool:
     )
 
 
-class _Flat(torch.autograd.Function):
+class _Flat(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -64,7 +65,7 @@ class _Flat(torch.autograd.Function):
         return dx, dw, None, da, db, None
 
 
-_apply: Any = super(torch.autograd.Function, _Flat).apply  # pyright: ignore[reportAttributeAccessIssue]
+_apply: Any = super(Function, _Flat).apply
 """Without the wrapper for functorch's transforms, which costs as much as a product."""
 
 

@@ -9,15 +9,12 @@ b [n, r]. R is r padded to a power of two.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from shardtune_kernels._builds import Build
-from shardtune_kernels._launch import dot_type, power_of_two, shared_memory, writes
+from shardtune_kernels._launch import dot_type, jit, power_of_two, shared_memory, writes
 from shardtune_kernels.dropout import kept_tile
 
 WIDEST = 64
@@ -30,16 +27,15 @@ in float32, whose products are those of torch beyond that."""
 PROGRAMS = 264
 """Two for each multiprocessor of the largest GPUs."""
 SUM_BLOCK = 256
-_jit: Any = triton.jit
 _SCALARS = ["first", "dropped", "seed_0", "seed_1", "seed_2"]
 
 
-@_jit
+@jit
 def _dropped(x, seed, rows, first_column, dropped, BM: tl.constexpr, BK: tl.constexpr):
     return tl.where(kept_tile(seed, rows, first_column, dropped, BM, BK), x, tl.zeros_like(x))
 
 
-@_jit
+@jit
 def _add_down(xa, x, a_ptr, seed, rows, start, layer_row, k, width, dropped,
               R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
     """xa [BM, R] + drop(x) Aᵀ of one layer, whose A begins at row `layer_row`."""
@@ -50,7 +46,7 @@ def _add_down(xa, x, a_ptr, seed, rows, start, layer_row, k, width, dropped,
     return tl.dot(kept.to(DOT), a.to(DOT), xa, input_precision="ieee", out_dtype=tl.float32)
 
 
-@_jit(do_not_specialize=_SCALARS)
+@jit(do_not_specialize=_SCALARS)
 def _down_kernel(x_ptr, a_ptr, xa_ptr, m, k, x_stride, total, first, width, dropped, scale, seed_0, seed_1, seed_2,
                  P: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
                  DOT: tl.constexpr):  # fmt: skip
@@ -78,7 +74,7 @@ def _down_kernel(x_ptr, a_ptr, xa_ptr, m, k, x_stride, total, first, width, drop
         tl.store(pointers + 2 * width, xa_2 * scale, mask=inside)
 
 
-@_jit
+@jit
 def _layer_gradients(dx, da, x, dyb_ptr, a_ptr, seed, rows, start, layer_row, m, k, total, width, dropped,
                      R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr,
                      DX: tl.constexpr, DA: tl.constexpr):  # fmt: skip
@@ -98,7 +94,7 @@ def _layer_gradients(dx, da, x, dyb_ptr, a_ptr, seed, rows, start, layer_row, m,
     return dx, da
 
 
-@_jit(do_not_specialize=_SCALARS)
+@jit(do_not_specialize=_SCALARS)
 def _down_gradients_kernel(x_ptr, a_ptr, dyb_ptr, dx_ptr, da_ptr, m, k, x_stride, total, first, width, dropped, scale,
                            seed_0, seed_1, seed_2, rows_each, P: tl.constexpr, R: tl.constexpr, BM: tl.constexpr,
                            BK: tl.constexpr, DOT: tl.constexpr, DX: tl.constexpr, DA: tl.constexpr,
@@ -139,7 +135,7 @@ def _down_gradients_kernel(x_ptr, a_ptr, dyb_ptr, dx_ptr, da_ptr, m, k, x_stride
             tl.store(da_ptr + (row + 2 * width + ranks[:, None]) * k + columns[None, :], da_2 * scale, mask=inside)
 
 
-@_jit
+@jit
 def _up_gradients_kernel(dy_ptr, b_ptr, xa_ptr, dyb_ptr, db_ptr, m, n, r, dy_stride, xa_stride, scale, rows_each,
                          R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr, DYB: tl.constexpr,
                          DB: tl.constexpr):  # fmt: skip
@@ -165,7 +161,7 @@ def _up_gradients_kernel(dy_ptr, b_ptr, xa_ptr, dyb_ptr, db_ptr, m, n, r, dy_str
         tl.store(db_ptr + (chunk * n + columns[:, None]) * r + ranks[None, :], db * scale, mask=of_b)
 
 
-@_jit
+@jit
 def _sum_kernel(parts_ptr, out_ptr, parts, rows, columns, out_stride, BLOCK: tl.constexpr):
     """out [rows, columns] = the sum over the first dimension of parts [parts, rows, columns]."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

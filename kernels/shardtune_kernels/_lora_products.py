@@ -8,22 +8,22 @@ Adapters that read one x are stacked: `a` [p·r, k] holds the A of p layers one 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from shardtune_kernels import _lora_kernels as kernels
-from shardtune_kernels import four_bit
 from shardtune_kernels._launch import on_triton
+from shardtune_kernels._rows import unit_stride
 from shardtune_kernels.dropout import draw_mask
+from shardtune_kernels.four_bit import four_bit_product, four_bit_transposed_product, nf4_dequantize
 from shardtune_kernels.weights import FourBitWeight
 
 FOUR_BIT_ROWS = 1024
-"""Up to so many rows of x `four_bit` chooses how to multiply by a weight in four bits."""
-_FOUR_BIT_PRODUCT: Any = getattr(four_bit, "four_bit_product", None)
-_FOUR_BIT_TRANSPOSED: Any = getattr(four_bit, "four_bit_transposed_product", None)
+"""Up to so many rows of x `four_bit` chooses how to multiply by a weight in four bits. With more, dequantizing costs
+little beside the product, and one more pass over what it is added to would cost more."""
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -40,15 +40,16 @@ class Dropout(NamedTuple):
 
 def dense(weight: Tensor | FourBitWeight, dtype: torch.dtype) -> Tensor:
     """W [n, k] in `dtype`."""
-    matrix = four_bit.nf4_dequantize(weight) if isinstance(weight, FourBitWeight) else weight
+    matrix = nf4_dequantize(weight) if isinstance(weight, FourBitWeight) else weight
     return matrix if matrix.dtype == dtype else matrix.to(dtype)
 
 
 def base_product(x: Tensor, weight: Tensor | FourBitWeight, y: Tensor | None, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ [m, n], added to y in place where there is one, which is read as the product is written; else + bias."""
-    if _takes_four_bits(x, weight):
-        product = _FOUR_BIT_PRODUCT(x, weight)
-        return product if y is None and bias is None else product.add_(bias if y is None else y)
+    if isinstance(weight, FourBitWeight) and len(x) <= FOUR_BIT_ROWS:
+        product = four_bit_product(x, weight)
+        added = bias if y is None else y
+        return product if added is None else product.add_(added)
     transposed = dense(weight, x.dtype).t()
     if y is not None:
         return y.addmm_(x, transposed)
@@ -57,17 +58,11 @@ def base_product(x: Tensor, weight: Tensor | FourBitWeight, y: Tensor | None, bi
 
 def base_product_backward(dy: Tensor, weight: Tensor | FourBitWeight, dx: Tensor | None) -> Tensor:
     """dy W [m, k], added to dx in place where there is one."""
-    if _takes_four_bits(dy, weight):
-        product = _FOUR_BIT_TRANSPOSED(dy, weight)
+    if isinstance(weight, FourBitWeight) and len(dy) <= FOUR_BIT_ROWS:
+        product = four_bit_transposed_product(dy, weight)
         return product if dx is None else dx.add_(product)
     matrix = dense(weight, dy.dtype)
     return torch.mm(dy, matrix) if dx is None else dx.addmm_(dy, matrix)
-
-
-def _takes_four_bits(x: Tensor, weight: Tensor | FourBitWeight) -> bool:
-    """Whether a product dequantizes on the way. With many rows dequantizing costs little beside it, and one more pass
-    over what it is added to would cost more."""
-    return isinstance(weight, FourBitWeight) and _FOUR_BIT_PRODUCT is not None and len(x) <= FOUR_BIT_ROWS
 
 
 def scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
@@ -154,12 +149,8 @@ def up_gradients(
 
 def side_by_side(parts: Sequence[Tensor], rank: int) -> Tensor:
     """[m, p·rank] of parts [m, r ≤ rank], each with zeros at its right."""
-    return torch.cat([p if p.shape[1] == rank else functional.pad(p, (0, rank - p.shape[1])) for p in parts], dim=1)
-
-
-def unit_stride(x: Tensor) -> Tensor:
-    """x [m, k], or a copy, with rows that kernels can read."""
-    return x if x.stride(1) == 1 else x.contiguous()
+    wide = [p if p.shape[1] == rank else functional.pad(p, (0, rank - p.shape[1])) for p in parts]
+    return wide[0] if len(wide) == 1 else torch.cat(wide, dim=1)
 
 
 def _has_kernels(x: Tensor) -> bool:

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from shardtune_kernels._builds import Build
-from shardtune_kernels._launch import power_of_two, writes
+from shardtune_kernels._launch import jit, power_of_two, writes
 
 BLOCK = 256
 """Positions of a program of `pad` and `pack`: one size, so that a kernel is compiled once, whatever the width."""
 TILE = 2048
 """Entries of a program of `unpad`."""
 # Lengths vary from call to call, and so does how pointers into one buffer are aligned: that compiles nothing anew.
-_jit: Any = triton.jit(
+_jit = jit(
     do_not_specialize=["width", "total", "rows", "fill", "start", "ignore_index", "steps", "size"],
     do_not_specialize_on_alignment=["tokens", "offsets", "learned_from"],
 )
 
 
-@triton.jit
+@jit
 def _fill(
     out, size, at, keep, inside, tokens, row, place, low, length, first, fill, start, ignore_index,
     SHIFTED: tl.constexpr, LEARNED: tl.constexpr,
@@ -72,7 +70,7 @@ def _pad_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@jit
 def _row_of(position, offsets, rows, steps):
     """The row that each position is in, by bisection: how many rows end at or before it."""
     low = tl.zeros_like(position)

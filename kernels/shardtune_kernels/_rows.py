@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor
@@ -25,8 +26,17 @@ class Tile(NamedTuple):
 
 def rows_of(x: Tensor) -> Tensor:
     """x [..., d] as [m, d], a view where the rows are apart from each other by one stride, else a copy."""
-    rows = x.reshape(x.numel() // max(x.shape[-1], 1), x.shape[-1])
-    return rows if rows.stride(1) == 1 or rows.shape[1] <= 1 else rows.contiguous()
+    return unit_stride(flattened(x))
+
+
+def flattened(x: Tensor) -> Tensor:
+    """x [..., d] as [m, d], of any strides."""
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """x, or a copy: columns one after the other; any strides else."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def tile_of(width: int, widest: int) -> Tile:

@@ -8,16 +8,13 @@ column for a counter: any tile can be drawn alone. Elsewhere they are those of a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from shardtune_kernels._launch import on_triton, writes
+from shardtune_kernels._launch import jit, on_triton, writes
 
-_jit: Any = triton.jit
 STEPS = 1 << 16
 """Of 16 bits: probabilities are multiples of 1 / STEPS."""
 PER_COUNTER = tl.constexpr(8)
@@ -34,6 +31,11 @@ def draw_seed() -> int:
 def draw_seeds(count: int) -> Tensor:
     """int64 [count], as `draw_seed`; as a tensor, so that torch.compile draws new ones in each call."""
     return torch.randint(1 << 31, (count,), device="cpu")
+
+
+def generator_of(seed: int, device: torch.device | str) -> torch.Generator:
+    """Of torch, from a seed of 64 bits: a CPU's generator looks at the lower half, so the upper is folded into it."""
+    return torch.Generator(device).manual_seed((seed ^ (seed >> 32) * 0x9E3779B1) & 0xFFFFFFFF)
 
 
 def dropped_steps(rate: float) -> int:
@@ -61,16 +63,15 @@ def draw_mask(kept: Tensor, seeds: Tensor, index: int, dropped: int) -> None:
         return
     seed = int(seeds[index])
     if not on_triton(kept):
-        generator = torch.Generator(kept.device).manual_seed(seed)
         words = torch.empty(-(-kept.numel() // 4), dtype=torch.int64, device=kept.device)
-        words.random_(-(2**63), None, generator=generator)  # each decides about four
+        words.random_(-(2**63), None, generator=generator_of(seed, kept.device))  # each decides about four
         torch.ge(words.view(torch.int16)[: kept.numel()].view(kept.shape), dropped - STEPS // 2, out=kept)
         return
     m, k = kept.shape
     _mask_kernel[-(-m // 32), -(-k // 128)](kept, m, k, seed, dropped, BM=32, BK=128)
 
 
-@_jit
+@jit
 def kept_tile(seed, rows, first, dropped, BM: tl.constexpr, BK: tl.constexpr):
     """bool [BM, BK]: which elements of int64 rows [BM] are kept, in the BK columns from `first`, a multiple of 8."""
     counters: tl.constexpr = BK // PER_COUNTER
@@ -82,7 +83,7 @@ def kept_tile(seed, rows, first, dropped, BM: tl.constexpr, BK: tl.constexpr):
     return tl.reshape(tl.join(words & 0xFFFF, words >> 16), [BM, BK]) >= dropped.to(tl.uint32)
 
 
-@_jit(do_not_specialize=["seed", "dropped"])
+@jit(do_not_specialize=["seed", "dropped"])
 def _mask_kernel(kept_ptr, m, k, seed, dropped, BM: tl.constexpr, BK: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     first = tl.program_id(1) * BK

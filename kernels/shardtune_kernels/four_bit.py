@@ -6,18 +6,17 @@ at once or in parts.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from shardtune_kernels import _four_bit_kernels as kernels
 from shardtune_kernels import calibration
+from shardtune_kernels._autograd import Function, once
 from shardtune_kernels._builds import Build
 from shardtune_kernels._launch import on_triton, writes
+from shardtune_kernels._rows import rows_of, unit_stride
 from shardtune_kernels.weights import FourBitWeight
 
 CHUNK = 1 << 18
@@ -59,7 +58,7 @@ def four_bit_linear(x: Tensor, weight: FourBitWeight, bias: Tensor | None = None
     ValueError: as `nf4_dequantize`, or x has not k columns, bias not n numbers.
     """
     check(weight)
-    return _FourBitLinear.apply(x, weight, bias)  # pyright: ignore[reportReturnType]
+    return _FourBitLinear.apply(x, weight, bias)
 
 
 def four_bit_product(
@@ -108,24 +107,20 @@ class _FourBitLinear(Function):
     def forward(ctx: Any, x: Tensor, weight: FourBitWeight, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
         ctx.bias_dtype = None if bias is None else bias.dtype
-        y_mn = four_bit_product(_rows(x), weight, bias)
+        y_mn = four_bit_product(rows_of(x), weight, bias)
         return y_mn.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         (dy,) = gradients
         dx = dbias = None
-        dy_mn = _rows(dy)
+        dy_mn = rows_of(dy)
         if ctx.needs_input_grad[0]:
             dx = four_bit_transposed_product(dy_mn, ctx.weight).view(*dy.shape[:-1], ctx.weight.shape[1])
         if ctx.needs_input_grad[2]:
             dbias = dy_mn.sum(0).to(ctx.bias_dtype)
         return dx, None, dbias
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _tensors(weight: FourBitWeight) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -144,9 +139,8 @@ def _multiplied(x: Tensor, weight: FourBitWeight, bias: Tensor | None, out: Tens
         raise ValueError(f"a product of {list(x.shape)} goes to a contiguous {list(shape)}, not {list(out.shape)}")
     if x.device != weight.packed.device:
         raise ValueError(f"x is on {x.device}, the weight on {weight.packed.device}")
-    x = x.detach() if x.shape[1] < 2 or x.stride(1) == 1 else x.detach().contiguous()
     bias = None if bias is None else bias.detach().contiguous()
-    _multiply(x, bias, *_tensors(weight), out.detach(), *_numbers(weight), transposed)
+    _multiply(unit_stride(x.detach()), bias, *_tensors(weight), out.detach(), *_numbers(weight), transposed)
     return out
 
 

@@ -1,8 +1,5 @@
 """act(gate) · up."""
 
-# pyright: reportCallIssue=false, reportIncompatibleMethodOverride=false, reportReturnType=false
-# Options of a launch are no parameters of a kernel, and autograd's functions have parameters of their own.
-
 from __future__ import annotations
 
 from typing import Any
@@ -11,11 +8,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from shardtune_kernels import reference
+from shardtune_kernels._autograd import Function, once
 from shardtune_kernels._builds import Build
-from shardtune_kernels._launch import on_triton, writes
+from shardtune_kernels._launch import jit, on_triton, writes
 from shardtune_kernels._rows import rows_of
 
 BLOCK = 2048
@@ -42,7 +39,7 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str = "silu") -> Tens
     return _GatedActivation.apply(gate, up, activation)
 
 
-class _GatedActivation(torch.autograd.Function):
+class _GatedActivation(Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
         ctx.save_for_backward(gate, up)
@@ -50,13 +47,14 @@ class _GatedActivation(torch.autograd.Function):
         return activated(gate, up, activation)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         of_gate, of_up = ctx.needs_input_grad[:2]
         dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if of_gate else None
         dup = torch.empty(up.shape, dtype=up.dtype, device=up.device) if of_up else None
-        _backward(*_as_rows(dh, gate, up), dgate, dup, ctx.activation)
+        dh_mf, gate_mf, up_mf = _as_rows(dh, gate, up)
+        _backward(dh_mf, gate_mf, up_mf, dgate, dup, ctx.activation)
         return dgate, dup, None
 
 
@@ -65,7 +63,8 @@ def activated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     if not _has_kernel(gate, up):
         return reference.gated_activation(gate, up, activation)
     h = torch.empty(gate.shape, dtype=torch.promote_types(gate.dtype, up.dtype), device=gate.device)
-    _forward(*_as_rows(gate, up), h, activation)
+    gate_mf, up_mf = _as_rows(gate, up)
+    _forward(gate_mf, up_mf, h, activation)
     return h
 
 
@@ -135,7 +134,7 @@ def _start_backward(
     )  # fmt: skip
 
 
-@triton.jit
+@jit
 def _act(x, ACTIVATION: tl.constexpr):
     """The activation and its derivative, of which the compiler drops what is not used."""
     if ACTIVATION == "silu":
@@ -157,7 +156,7 @@ def _act(x, ACTIVATION: tl.constexpr):
     return act, slope
 
 
-@triton.jit
+@jit
 def _forward_kernel(
     gate_ptr, up_ptr, h_ptr, width, gate_stride, up_stride, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -172,7 +171,7 @@ def _forward_kernel(
     tl.store(h_ptr + row * width + column, act * up, mask=inside)
 
 
-@triton.jit
+@jit
 def _backward_kernel(
     dh_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, h_ptr, width, dh_stride, gate_stride, up_stride,
     ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,

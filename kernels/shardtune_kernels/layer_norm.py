@@ -1,8 +1,5 @@
 """Layer normalization."""
 
-# pyright: reportCallIssue=false, reportIncompatibleMethodOverride=false, reportReturnType=false
-# Options of a launch are no parameters of a kernel, and autograd's functions have parameters of their own.
-
 from __future__ import annotations
 
 from typing import Any
@@ -11,12 +8,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from shardtune_kernels import reference
+from shardtune_kernels._autograd import Function, once
 from shardtune_kernels._builds import Build
-from shardtune_kernels._launch import on_triton, writes
+from shardtune_kernels._launch import jit, on_triton, writes
 from shardtune_kernels._rows import rows_of, summing_programs, tile_of
 
 WIDEST = 16384
@@ -53,7 +50,7 @@ def layer_norm(
     return reference.layer_norm(x, weight, bias, eps, residual)
 
 
-class _LayerNorm(torch.autograd.Function):
+class _LayerNorm(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, eps: float
@@ -67,13 +64,13 @@ class _LayerNorm(torch.autograd.Function):
         summed = x if total is None else total
         y = torch.empty(x.shape, dtype=summed.dtype, device=x.device)
         mean, rstd = (torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) for _ in range(2))
-        weight_bias = [None if given is None else given.contiguous() for given in (weight, bias)]
-        _forward(rows_of(x), own, *weight_bias, y, total, mean, rstd, eps)
+        own_weight, own_bias = (None if given is None else given.contiguous() for given in (weight, bias))
+        _forward(rows_of(x), own, own_weight, own_bias, y, total, mean, rstd, eps)
         ctx.save_for_backward(summed, weight, mean, rstd)
         return y if total is None else (y, total)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None = None) -> tuple[Tensor | None, ...]:
         summed, weight, mean, rstd = ctx.saved_tensors
         of_x, of_weight, of_bias, of_residual = ctx.needs_input_grad[:4]
@@ -135,7 +132,7 @@ def _backward(
     )  # fmt: skip
 
 
-@triton.jit
+@jit
 def _read(x_ptr, residual_ptr, total_ptr, row, column, x_stride, residual_stride, inside):
     """x in float32, or x + residual, rounded as it is stored."""
     x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
@@ -145,7 +142,7 @@ def _read(x_ptr, residual_ptr, total_ptr, row, column, x_stride, residual_stride
     return x
 
 
-@triton.jit
+@jit
 def _scaled(normed, weight_ptr, bias_ptr, column, width):
     if weight_ptr is not None:
         normed = normed * tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
@@ -154,7 +151,7 @@ def _scaled(normed, weight_ptr, bias_ptr, column, width):
     return normed
 
 
-@triton.jit
+@jit
 def _forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, total_ptr, mean_ptr, rstd_ptr,
     rows, width, x_stride, residual_stride, eps,
@@ -201,7 +198,7 @@ def _forward_kernel(
     tl.store(rstd_ptr + row, rstd, mask=row < rows)
 
 
-@triton.jit
+@jit
 def _g_and_normed(
     dy_ptr, x_ptr, weight_ptr, mean, rstd, row, column, width, dy_stride, x_stride, inside
 ):  # fmt: skip
@@ -211,7 +208,7 @@ def _g_and_normed(
     return dy, _scaled(dy, weight_ptr, None, column, width), tl.where(inside, (x - mean) * rstd, 0.0)
 
 
-@triton.jit
+@jit
 def _store_dx(
     dx_ptr, dtotal_ptr, g, normed, of_normed, of_one, rstd, row, column, width, dtotal_stride, inside
 ):  # fmt: skip
@@ -222,13 +219,13 @@ def _store_dx(
     tl.store(dx_ptr + row * width + column, dx, mask=inside)
 
 
-@triton.jit
+@jit
 def _add_to(sums_ptr, program, width, column, more):
     own = sums_ptr + program.to(tl.int64) * width + column
     tl.store(own, tl.load(own, mask=column < width) + tl.sum(more, axis=0, keep_dims=True), mask=column < width)
 
 
-@triton.jit
+@jit
 def _backward_kernel(
     dy_ptr, dtotal_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dweight_ptr, dbias_ptr,
     rows, width, dy_stride, dtotal_stride, x_stride,
@@ -294,7 +291,7 @@ def _backward_kernel(
             _store_sum(dbias_ptr, program, width, column, dbias)
 
 
-@triton.jit
+@jit
 def _store_sum(sums_ptr, program, width, column, sums):
     tl.store(sums_ptr + program.to(tl.int64) * width + column, tl.sum(sums, axis=0), mask=column < width)
 

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from shardtune_kernels import _linear_cross_entropy_chunks as chunks
 from shardtune_kernels import _linear_cross_entropy_kernels as kernels
+from shardtune_kernels._autograd import Function, once
 from shardtune_kernels._launch import on_triton, writes
 
 BUILDS = kernels.BUILDS
@@ -65,7 +65,7 @@ def linear_cross_entropy(
         ignore_index, soft_cap, label_smoothing, scale, chunk_bytes or (GPU_BYTES if fused else CPU_BYTES),
         *(recorded and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)),
     )  # fmt: skip
-    return _LinearCrossEntropy.apply(rows, weight, bias, targets.reshape(-1), settings)  # pyright: ignore
+    return _LinearCrossEntropy.apply(rows, weight, bias, targets.reshape(-1), settings)
 
 
 class _Settings(NamedTuple):
@@ -107,7 +107,7 @@ def _fused(hidden: Tensor) -> bool:
     return on_triton(hidden) and hidden.dtype != torch.float64
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _LinearCrossEntropy(Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: _Settings
@@ -130,8 +130,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+    @once
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight, d_bias, unit = ctx.saved_tensors
         if d_hidden is not None:
             _multiply(d_hidden, gradient * ctx.scale, False)
@@ -147,9 +147,9 @@ def _multiply(values: Tensor, factor: Tensor, held_in_half: bool) -> None:
     """values *= factor in place, multiplied in float32; `held_in_half`: their 16 bits are those of float16 before."""
     if _fused(values):
         kernels.start_rescale(values.view(torch.float16) if held_in_half else values, values, factor)
-        torch.autograd.graph.increment_version(values)  # so that a second backward pass is refused
     elif float(factor) != 1.0:
         values.mul_(float(factor))
+    torch.autograd.graph.increment_version(values)  # so that a second backward pass is refused, by 1, too
 
 
 def _sums_in_half(hidden: Tensor, weight: Tensor, chunk_bytes: int) -> bool:

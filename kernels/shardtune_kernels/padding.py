@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from shardtune_kernels._autograd import Function, once
 from shardtune_kernels._launch import on_triton
 from shardtune_kernels._padding_kernels import BUILDS as BUILDS
 from shardtune_kernels._padding_kernels import launch_gather, launch_pack, launch_pad, launch_scatter
@@ -106,10 +106,10 @@ def unpad(rows: Tensor, offsets: Tensor, total: int | None = None, left: bool = 
     total = int(offsets[-1]) if total is None else total
     if total < 0:
         raise ValueError(f"total is {total}; it must be at least 0")
-    return _Unpad.apply(rows, offsets.contiguous(), total, left)  # pyright: ignore[reportReturnType]
+    return _Unpad.apply(rows, offsets.contiguous(), total, left)
 
 
-class _Unpad(torch.autograd.Function):
+class _Unpad(Function):
     """Moves bits, as integers of the same size: the same kernels serve any dtype."""
 
     @staticmethod
@@ -122,10 +122,8 @@ class _Unpad(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *gradients: Tensor
-    ) -> tuple[Tensor | None, None, None, None]:
+    @once
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
         (offsets,), gradient = ctx.saved_tensors, gradients[0]

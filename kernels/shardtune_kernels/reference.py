@@ -303,10 +303,12 @@ def pack(
 
 
 def unpad(rows: Tensor, offsets: Tensor, left: bool = False) -> Tensor:
-    """rows [b, width, ...] to [n, ...]: of row i its offsets[i + 1] - offsets[i] first (or, `left`, last) entries."""
+    """rows [b, width, ...] to [n, ...]: of row i its offsets[i + 1] - offsets[i] first (or, `left`, last) entries. Of a
+    row longer than `width` what is not there is 0: those beyond `width` or, `left`, those before the first."""
     width = rows.shape[1]
-    parts = [
-        row[width - (high - low) :] if left else row[: high - low]
-        for row, (low, high) in zip(rows, _pairs(offsets), strict=True)
-    ]
-    return torch.cat(parts) if parts else rows.flatten(0, 1)[:0]
+    parts = [rows.flatten(0, 1)[:0]]
+    for row, (low, high) in zip(rows, _pairs(offsets), strict=True):
+        count = min(high - low, width)
+        absent = row.new_zeros((high - low - count, *row.shape[1:]))
+        parts += (absent, row[width - count :]) if left else (row[:count], absent)
+    return torch.cat(parts)

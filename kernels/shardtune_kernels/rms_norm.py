@@ -1,8 +1,5 @@
 """Root mean square normalization."""
 
-# pyright: reportCallIssue=false, reportIncompatibleMethodOverride=false, reportReturnType=false
-# Options of a launch are no parameters of a kernel, and autograd's functions have parameters of their own.
-
 from __future__ import annotations
 
 from typing import Any
@@ -11,11 +8,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from shardtune_kernels import reference
+from shardtune_kernels._autograd import Function, once
 from shardtune_kernels._builds import Build
-from shardtune_kernels._launch import on_triton, writes
+from shardtune_kernels._launch import jit, on_triton, writes
 from shardtune_kernels._rows import rows_of, summing_programs, tile_of
 
 KINDS = ("llama", "t5", "gemma")
@@ -51,7 +48,7 @@ def rms_norm(
     return _RmsNorm.apply(x, weight, residual, eps, kind)
 
 
-class _RmsNorm(torch.autograd.Function):
+class _RmsNorm(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, kind: str
@@ -73,7 +70,7 @@ class _RmsNorm(torch.autograd.Function):
         return y if total is None else (y, total)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None = None) -> tuple[Tensor | None, ...]:
         summed, weight, rstd = ctx.saved_tensors
         of_x, of_weight, of_residual = ctx.needs_input_grad[:3]
@@ -129,7 +126,7 @@ def _backward(
     )  # fmt: skip
 
 
-@triton.jit
+@jit
 def _read(x_ptr, residual_ptr, total_ptr, row, column, x_stride, residual_stride, inside):
     """x in float32, or x + residual, rounded as it is stored; and stores it."""
     x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
@@ -139,13 +136,13 @@ def _read(x_ptr, residual_ptr, total_ptr, row, column, x_stride, residual_stride
     return x
 
 
-@triton.jit
+@jit
 def _factor(weight_ptr, column, width, KIND: tl.constexpr):
     weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
     return 1.0 + weight if KIND == "gemma" else weight
 
 
-@triton.jit
+@jit
 def _scaled(x, rstd, weight_ptr, x_dtype: tl.constexpr, column, width, KIND: tl.constexpr):
     """Rounded where the kind rounds."""
     normed = x * rstd
@@ -156,7 +153,7 @@ def _scaled(x, rstd, weight_ptr, x_dtype: tl.constexpr, column, width, KIND: tl.
     return normed * _factor(weight_ptr, column, width, KIND)
 
 
-@triton.jit
+@jit
 def _forward_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, total_ptr, rstd_ptr,
     rows, width, x_stride, residual_stride, eps,
@@ -193,7 +190,7 @@ def _forward_kernel(
         tl.store(rstd_ptr + row, rstd, mask=row < rows)
 
 
-@triton.jit
+@jit
 def _dx(g, normed, mean, rstd, dtotal_ptr, row, column, dtotal_stride, inside):
     """With g = dL/dnormed and mean = mean(g · normed): rstd · (g - normed · mean), and what comes to x + residual."""
     dx = rstd * (g - normed * mean)
@@ -202,7 +199,7 @@ def _dx(g, normed, mean, rstd, dtotal_ptr, row, column, dtotal_stride, inside):
     return dx
 
 
-@triton.jit
+@jit
 def _backward_kernel(
     dy_ptr, dtotal_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, partial_ptr,
     rows, width, dy_stride, dtotal_stride, x_stride,

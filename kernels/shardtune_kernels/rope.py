@@ -1,8 +1,5 @@
 """Rotary positions."""
 
-# pyright: reportCallIssue=false, reportIncompatibleMethodOverride=false, reportReturnType=false
-# Options of a launch are no parameters of a kernel, and autograd's functions have parameters of their own.
-
 from __future__ import annotations
 
 from typing import Any
@@ -11,11 +8,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from shardtune_kernels import reference
+from shardtune_kernels._autograd import Function, once
 from shardtune_kernels._builds import Build
-from shardtune_kernels._launch import on_triton, power_of_two, writes
+from shardtune_kernels._launch import jit, on_triton, power_of_two, writes
+from shardtune_kernels._rows import unit_stride
 
 PAIRS = 1024
 """That a program rotates: of one token, as many heads as hold them."""
@@ -46,7 +44,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     return _Rope.apply(q, k, cos, sin)
 
 
-class _Rope(torch.autograd.Function):
+class _Rope(Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
@@ -54,25 +52,20 @@ class _Rope(torch.autograd.Function):
         ctx.dtypes = q.dtype, k.dtype
         tables = torch.promote_types(cos.dtype, sin.dtype)
         turned = [_empty_as(x, torch.promote_types(x.dtype, tables)) for x in (q, k)]
-        _rotate(_in_rows(q), turned[0], _in_rows(k), turned[1], _in_rows(cos), _in_rows(sin), False)
+        _rotate(unit_stride(q), turned[0], unit_stride(k), turned[1], unit_stride(cos), unit_stride(sin), False)
         return turned[0], turned[1]
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         given, turned = [], []
         for gradient, needed, dtype in zip((dq, dk), ctx.needs_input_grad, ctx.dtypes, strict=False):
             used = gradient if needed else None
-            given.append(None if used is None else _in_rows(used))
+            given.append(None if used is None else unit_stride(used))
             turned.append(None if used is None else _empty_as(used, dtype))
-        _rotate(given[0], turned[0], given[1], turned[1], _in_rows(cos), _in_rows(sin), True)
+        _rotate(given[0], turned[0], given[1], turned[1], unit_stride(cos), unit_stride(sin), True)
         return turned[0], turned[1], None, None
-
-
-def _in_rows(x: Tensor) -> Tensor:
-    """Columns one after the other; any strides else."""
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def _empty_as(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -109,7 +102,7 @@ def _sizes(x: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0, 0) if x is None else (x.shape[1], *x.stride()[:3])
 
 
-@triton.jit
+@jit
 def _turn(
     x_ptr, out_ptr, cos, sin, other_cos, other_sin, batch, token, first_head, heads, width, half,
     x_batch, x_head, x_token, out_batch, out_head, out_token,
@@ -131,7 +124,7 @@ def _turn(
         tl.store(out_ptr + column, tl.load(x_ptr + column, mask=stays), mask=stays)
 
 
-@triton.jit
+@jit
 def _kernel(
     q_ptr, q_out_ptr, k_ptr, k_out_ptr, cos_ptr, sin_ptr, length, width, half, q_blocks,
     q_heads, q_batch, q_head, q_token, q_out_batch, q_out_head, q_out_token,

@@ -50,6 +50,23 @@ class FourBitWeight:
             256 if nested is None else nested.blocksize,
         )  # fmt: skip
 
+    def to_bitsandbytes(self) -> Any:
+        """The `bitsandbytes.functional.QuantState` that goes with `packed`: the inverse of `from_bitsandbytes`."""
+        from bitsandbytes.functional import QuantState
+
+        from shardtune_kernels.reference import CODES, nested_code
+
+        device, outer = self.absmax.device, None
+        if self.nested_absmax is not None:
+            outer = QuantState(
+                absmax=self.nested_absmax, code=nested_code().to(device), blocksize=self.nested_block,
+                dtype=torch.float32,
+            )  # fmt: skip
+        return QuantState(
+            absmax=self.absmax, shape=torch.Size(self.shape), code=torch.tensor(CODES[self.kind], device=device),
+            blocksize=self.block, quant_type=self.kind, dtype=self.dtype, offset=self.offset, state2=outer,
+        )  # fmt: skip
+
 
 class LoraWeights(NamedTuple):
     """A linear layer with a low-rank adapter (Hu et al. 2021, arXiv:2106.09685): y = W x + bias + scale · B A x."""

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from comparing import DEVICE, DTYPES, agree, seed_everything
+from compiling import same_when_compiled
 from mutants import Mutant, is_noticed, only_interpreted
 from torch import Tensor
 
 import shardtune_kernels
 from shardtune_kernels import reference
+from shardtune_kernels._biased_attention_launch import members_of
 from shardtune_kernels._launch import INTERPRETED
 
 module = importlib.import_module("shardtune_kernels.biased_attention")
@@ -172,7 +174,7 @@ def test_buckets_are_those_of_transformers(bidirectional: bool) -> None:
     for buckets, most in ((32, 128), (8, 20), (12, 40)):
         wanted = t5.T5Attention._relative_position_bucket(distances, bidirectional, buckets, most)
         assert torch.equal(reference.buckets_of(distances, buckets, most, bidirectional), wanted)
-        of, left, right = module._members(buckets, most, bidirectional, torch.device("cpu"))
+        of, left, right = members_of(buckets, most, bidirectional, torch.device("cpu"))
         assert len(of) == left + right + 1
         assert torch.equal(of[distances.clamp(-left, right) + left], wanted)
         assert of[0] != of[1]
@@ -201,175 +203,83 @@ def test_what_does_not_fit_is_said() -> None:
 
 
 @only_interpreted
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile does
 def test_compiled_it_gives_the_same() -> None:
     torch.manual_seed(0)
-    q, k, v = (torch.randn(1, 2, n, 8, requires_grad=True) for n in (20, 24, 24))
-    table = torch.randn(32, 2, requires_grad=True)
-    shown = torch.rand(1, 24) < 0.8
+    tensors = {name: torch.randn(1, 2, n, 8) for name, n in (("q", 20), ("k", 24), ("v", 24))}
+    shown = (torch.rand(1, 24) < 0.8).to(DEVICE)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
-        return module.biased_attention(q, k, v, table, shown=shown, dropout=0.2, seed=7).square()
+    def attend(**given: Tensor) -> Tensor:
+        return module.biased_attention(**given, shown=shown, dropout=0.2, seed=7)
 
-    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
-    for of in zip(*(
-        (out, *torch.autograd.grad(out.sum(), (q, k, v, table)))
-        for out in (attend(q, k, v, table), compiled(q, k, v, table))
-    ), strict=True):  # fmt: skip
-        torch.testing.assert_close(*of)
+    same_when_compiled(attend, tensors | {"table": torch.randn(32, 2)})
 
 
-KERNELS = "_biased_attention_kernels"
+TILES, FORWARD, BACKWARD = (f"_biased_attention_{name}" for name in ("tiles", "forward", "backward"))
+K_LINE = "k += batch * k_b + head * k_h + first_k * k_s\n"
 V_AND_OUT = "        v += batch * v_b + head * v_h + first_k * v_s\n        out +="
+LEAD = "lead = (first_k % 8).to(tl.int32)\n        plane = batch * heads + head\n        shown +="
 MUTANTS = [
-    (
-        "encoder",
-        Mutant(
-            "scores shrink the wrong way", KERNELS, "shrink = tl.exp2(top - finite)", "shrink = tl.exp2(finite - top)"
-        ),
-    ),
-    (
-        "encoder",
-        Mutant(
-            "forward reads k a row further",
-            KERNELS,
-            "k += batch * k_b + head * k_h + first_k * k_s\n" + V_AND_OUT,
-            "k += batch * k_b + head * k_h + (first_k + 1) * k_s\n" + V_AND_OUT,
-        ),
-    ),
-    (
-        "decoder",
-        Mutant("no causal mask", KERNELS, "tl.where(distances <= 0, scores", "tl.where(distances <= 1, scores"),
-    ),
-    (
-        "cross",
-        Mutant(
-            "no mask of keys",
-            KERNELS,
+    ("encoder", Mutant("scores shrink the wrong way", FORWARD,
+            "shrink = tl.exp2(top - finite)",
+            "shrink = tl.exp2(finite - top)")),
+    ("encoder", Mutant("forward reads k a row further", FORWARD,
+            K_LINE + V_AND_OUT,
+            K_LINE.replace("first_k", "(first_k + 1)") + V_AND_OUT)),
+    ("decoder", Mutant("no causal mask", TILES,
+            "tl.where(distances <= 0, scores",
+            "tl.where(distances <= 1, scores")),
+    ("cross", Mutant("no mask of keys", TILES,
             "tl.where(seen[None, :], scores, float(",
-            "tl.where(seen[None, :] | True, scores, float(",
-        ),
-    ),
-    (
-        "encoder",
-        Mutant("bias shifted", KERNELS, "tl.reshape(distances - lowest,", "tl.reshape(distances - lowest - 1,"),
-    ),
-    (
-        "encoder",
-        Mutant(
-            "near blocks end too soon",
-            KERNELS,
+            "tl.where(seen[None, :] | True, scores, float(")),
+    ("encoder", Mutant("bias shifted", TILES,
+            "tl.reshape(distances - lowest,",
+            "tl.reshape(distances - lowest - 1,")),
+    ("encoder", Mutant("near blocks end too soon", TILES,
             "start + BLOCK_M - 1 + RIGHT + lead, 0), BLOCK_N), near",
-            "start - 1 + RIGHT + lead, 0), BLOCK_N), near",
-        ),
-    ),
-    (
-        "documents",
-        Mutant("beyond the last key", KERNELS, "    elif not WHOLE_KEYS:", "    elif SHOWN and not WHOLE_KEYS:"),
-    ),
-    (
-        "documents",
-        Mutant(
-            "blocks begin where the document does",
-            KERNELS,
-            "lead = (first_k % 8).to(tl.int32)\n        plane = batch * heads + head\n        shown +=",
-            "lead = (first_k % 8 * 0).to(tl.int32)\n        plane = batch * heads + head\n        shown +=",
-        ),
-    ),
-    (
-        "encoder",
-        Mutant("dq: sign of delta", KERNELS, "ds = p * (dp - delta[:, None])", "ds = p * (dp + delta[:, None])"),
-    ),
-    (
-        "encoder",
-        Mutant(
-            "dq: rows beyond a block",
-            KERNELS,
+            "start - 1 + RIGHT + lead, 0), BLOCK_N), near")),
+    ("documents", Mutant("beyond the last key", TILES,
+            "    elif not WHOLE_KEYS:",
+            "    elif SHOWN and not WHOLE_KEYS:")),
+    ("documents", Mutant("blocks begin where the document does", FORWARD,
+            LEAD,
+            LEAD.replace("% 8", "% 8 * 0"))),
+    ("encoder", Mutant("dq: sign of delta", BACKWARD,
+            "ds = p * (dp - delta[:, None])",
+            "ds = p * (dp + delta[:, None])")),
+    ("encoder", Mutant("dq: rows beyond a block", BACKWARD,
             "tl.store(deltas + places, delta, mask=there)",
-            "tl.store(deltas + places + 1, delta, mask=there)",
-        ),
-    ),
-    (
-        "encoder",
-        Mutant(
-            "bias: diagonals shifted",
-            KERNELS,
+            "tl.store(deltas + places + 1, delta, mask=there)")),
+    ("encoder", Mutant("bias: diagonals shifted", BACKWARD,
             "turned = tl.arange(0, N)[None, :] + own_m[:, None]",
-            "turned = tl.arange(0, N)[None, :] + own_m[:, None] + 1",
-        ),
-    ),
-    (
-        "encoder",
-        Mutant(
-            "bias: tails swapped",
-            KERNELS,
+            "turned = tl.arange(0, N)[None, :] + own_m[:, None] + 1")),
+    ("encoder", Mutant("bias: tails swapped", BACKWARD,
             "left_rows += tl.where(block < near, added, 0.0)",
-            "left_rows += tl.where(block < near, 0.0, added)",
-        ),
-    ),
-    (
-        "encoder",
-        Mutant(
-            "bias: the last sums are lost",
-            KERNELS,
+            "left_rows += tl.where(block < near, 0.0, added)")),
+    ("encoder", Mutant("bias: the last sums are lost", BACKWARD,
             "mask=(distances > -LEFT) & (distances < RIGHT))",
-            "mask=(distances > -LEFT) & (distances < 0))",
-        ),
-    ),
-    (
-        "decoder",
-        Mutant(
-            "dk, dv: begin one block late",
-            KERNELS,
+            "mask=(distances > -LEFT) & (distances < 0))")),
+    ("decoder", Mutant("dk, dv: begin one block late", BACKWARD,
             "begin = tl.minimum(tl.maximum(first - shift, 0) // BLOCK_M, end)",
-            "begin = tl.minimum(tl.maximum(first - shift, 0) // BLOCK_M + 1, end)",
-        ),
-    ),
-    (
-        "encoder",
-        Mutant("dk: sign of delta", KERNELS, "ds = p * (dp - delta[None, :])", "ds = p * (dp + delta[None, :])"),
-    ),
-    (
-        "cross",
-        Mutant(
-            "dk, dv: hidden keys have gradients",
-            KERNELS,
+            "begin = tl.minimum(tl.maximum(first - shift, 0) // BLOCK_M + 1, end)")),
+    ("encoder", Mutant("dk: sign of delta", BACKWARD,
+            "ds = p * (dp - delta[None, :])",
+            "ds = p * (dp + delta[None, :])")),
+    ("cross", Mutant("dk, dv: hidden keys have gradients", BACKWARD,
             "v_acc = tl.where(seen[:, None], v_acc, 0.0)",
-            "v_acc = tl.where(seen[:, None], v_acc, v_acc)",
-        ),
-    ),
-    (
-        "encoder",
-        Mutant(
-            "dv: dropout is not turned",
-            KERNELS,
+            "v_acc = tl.where(seen[:, None], v_acc, v_acc)")),
+    ("encoder", Mutant("dv: dropout is not turned", BACKWARD,
             "weights = tl.where(kept, p * keep_scale, 0.0)",
-            "weights = tl.where(kept, p, 0.0)",
-        ),
-    ),
-    (
-        "encoder",
-        Mutant(
-            "kept: rows shifted",
-            KERNELS,
+            "weights = tl.where(kept, p, 0.0)")),
+    ("encoder", Mutant("kept: rows shifted", FORWARD,
             "% row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)",
-            "% row_blocks * BLOCK_M + 1 + tl.arange(0, BLOCK_M)",
-        ),
-    ),
-    (
-        "encoder",
-        Mutant(
-            "kept: one plane for all",
-            KERNELS,
-            "found = _is_kept(seed, plane, rows,",
-            "found = _is_kept(seed, plane * 0, rows,",
-        ),
-    ),
-    (
-        "encoder",
-        Mutant("kept: the other way", KERNELS, "found.to(tl.uint8), mask=", "(found == 0).to(tl.uint8), mask="),
-    ),
-]
+            "% row_blocks * BLOCK_M + 1 + tl.arange(0, BLOCK_M)")),
+    ("encoder", Mutant("kept: one plane for all", FORWARD,
+            "found = is_kept(seed, plane, rows,",
+            "found = is_kept(seed, plane * 0, rows,")),
+    ("encoder", Mutant("kept: the other way", FORWARD,
+            "found.to(tl.uint8), mask=",
+            "(found == 0).to(tl.uint8), mask=")),
+]  # fmt: skip
 """Of which kind of attention the broken kernel must be noticed by, and what is broken."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import comparing
 import pytest
 import torch
 from comparing import DEVICE, agree, distance, seed_everything
+from compiling import same_when_compiled
 from mutants import Mutant, is_noticed, only_interpreted
 from torch import Tensor
 
@@ -300,19 +302,12 @@ def test_errors() -> None:
             linear_cross_entropy(*(tensor.to(DEVICE) for tensor in given), **options)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch itself
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled(dtype: torch.dtype) -> None:
     seed_everything(9)
-    tensors = {n: v.to(DEVICE) for n, v in tensors_of(6, 5, 30, True, 0.3).items()}
-    found = []
-    for op in (linear_cross_entropy, torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True)):
-        given = {n: v.to(dtype).requires_grad_() if v.is_floating_point() else v for n, v in tensors.items()}
-        loss = op(**given, soft_cap=4.0, chunk_bytes=bytes_of(2, 5, 30, dtype)) / 3
-        loss.backward()
-        found.append([loss.detach(), *(given[n].grad for n in ("hidden", "weight", "bias"))])
-    for own, wanted in zip(*found, strict=True):
-        torch.testing.assert_close(own, wanted, rtol=0, atol=0)
+    tensors = tensors_of(6, 5, 30, True, 0.3)
+    op = partial(linear_cross_entropy, soft_cap=4.0, chunk_bytes=bytes_of(2, 5, 30, dtype))
+    same_when_compiled(op, {n: v.to(dtype) if v.is_floating_point() else v for n, v in tensors.items()})
 
 
 KERNELS = "_linear_cross_entropy_kernels"

@@ -228,20 +228,19 @@ def test_compiled() -> None:
     same_when_compiled(op, tensors, tuple(name for name in tensors if name.endswith("weight")))
 
 
-OF_DOWN = "_dropout_of(ctx.settings, seeds, layers, (2,))"
+OP, SHARED = "lora_gated_mlp", "_lora_layers"
+OF_GATE, OF_DOWN = "shared.dropout_of(settings, seeds, first", "shared.dropout_of(ctx.settings, seeds, second"
 MUTANTS = [
-    Mutant(what, "lora_gated_mlp", old, new)
-    for what, old, new in (
-        (
-            "up's dropout for gate",
-            "_dropout_of(settings, seeds, layers, (0, 1))",
-            "_dropout_of(settings, seeds, layers, (1, 0))",
-        ),
-        ("gate's mask for down", OF_DOWN, OF_DOWN.replace("2", "0")),
-        ("b of the layer before", "column += self._rank", "column += 0"),
-        ("a of the layer before", "row += self._rank", "row += 0"),
-        ("gradients of gate and up swapped", "[gate, up], dyb, x", "[up, gate], dyb, x"),
-    )
+    Mutant("up's dropout for gate", OP, f"{OF_GATE})", f"{OF_GATE}, 1)"),
+    Mutant("gate's mask for down", OP, f"{OF_DOWN}, 2)", f"{OF_DOWN}, 0)"),
+    Mutant("b of the layer before", SHARED, "column += self._rank", "column += 0"),
+    Mutant("a of the layer before", SHARED, "row += self._rank", "row += 0"),
+    Mutant(
+        "gradients of gate and up swapped",
+        OP,
+        "shared.Gradients(first, [gate, up]",
+        "shared.Gradients(first, [up, gate]",
+    ),
 ]
 
 

@@ -9,17 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from comparing import DEVICE, DTYPES, agree, distance, seed_everything
+from compiling import same_when_compiled
 from mutants import Mutant, is_noticed, only_interpreted
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import shardtune_kernels
 from shardtune_kernels import FourBitWeight, LoraWeights, lora_linear, lora_qkv, reference
-from shardtune_kernels._launch import INTERPRETED
-from shardtune_kernels.dropout import dropout_mask, kept_tile
+from shardtune_kernels.dropout import dropout_mask
 
 RATES = [0.0, 0.25, 0.5]  # multiples of 2⁻¹⁶
 
@@ -115,8 +113,9 @@ def test_values_and_gradients(dtype: torch.dtype, seed: int) -> None:
 
 @pytest.mark.parametrize("rank", [40, 70])
 @pytest.mark.parametrize("rate", [0.0, 0.25])
-def test_larger_ranks(rank: int, rate: float) -> None:
-    check(shardtune_kernels, rank, torch.float32, 2, (33,), 24, rank, rate)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_larger_ranks(layers: int, rank: int, rate: float) -> None:
+    check(shardtune_kernels, rank, torch.float32, layers, (33,), 24, rank, rate)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -259,34 +258,6 @@ def _swapped(parameters: list[torch.nn.Parameter]) -> None:
         parameter.data = kept
 
 
-def test_a_mask_is_random_and_reproducible() -> None:
-    one, other = (dropout_mask(seed, 0.25, (64, 512), DEVICE).float() for seed in (11, 12))
-    torch.testing.assert_close(one, dropout_mask(11, 0.25, (64, 512), DEVICE).float())
-    share = 4 * (0.25 * 0.75 / one.numel()) ** 0.5
-    assert abs(float(one.mean()) - 0.75) < share
-    centred, of_other = one - 0.75, other - 0.75
-    neighbours = [centred.roll(shift, dim) for dim in (0, 1) for shift in (1, 2, 4, 8)]
-    for beside in (of_other, *neighbours):
-        assert abs(float((centred * beside).mean())) < share
-    assert dropout_mask(1, 0.0, (3, 5), DEVICE).all()
-
-
-@triton.jit
-def _two_tiles(out_ptr, dropped, far):
-    rows = tl.arange(0, 16).to(tl.int64)
-    at = tl.arange(0, 16)[:, None] * 128 + tl.arange(0, 128)[None, :]
-    tl.store(out_ptr + at, kept_tile(5, rows, 0, dropped, 16, 128))
-    tl.store(out_ptr + 2048 + at, kept_tile(5, rows + far, 0, dropped, 16, 128))
-
-
-@pytest.mark.skipif(DEVICE.type == "cpu" and not INTERPRETED, reason="kernels run on a GPU or in the interpreter")
-def test_masks_beyond_32_bits_of_rows() -> None:
-    """Rows whose number has other high bits have other masks."""
-    out = torch.zeros(2, 2048, dtype=torch.bool, device=DEVICE)
-    _two_tiles[(1,)](out, 1 << 15, 1 << 32)
-    assert 0.4 < float((out[0] == out[1]).float().mean()) < 0.6
-
-
 def test_seeds_come_from_the_stream_that_recomputation_sets_back() -> None:
     torch.manual_seed(0)
     x = torch.randn(5, 16, device=DEVICE, requires_grad=True)
@@ -351,29 +322,16 @@ def test_errors(bias: int | None) -> None:
             lora_linear(x, LoraWeights(w, of_bias, a, b), rate)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile does
 @pytest.mark.parametrize("rate", [0.0, 0.5])
 def test_compiled(rate: float) -> None:
     torch.manual_seed(0)
-    x = torch.randn(34, 20, device=DEVICE, requires_grad=True)
-    layers = [
-        LoraWeights(
-            *(torch.randn(s, device=DEVICE, requires_grad=True) for s in ((270, 20), (270,), (2, 20), (270, 2)))
-        )
-        for _ in range(2)
-    ]
+    shapes = {"weight": (270, 20), "bias": (270,), "a": (2, 20), "b": (270, 2)}
+    tensors = {f"{name}_{i}": torch.randn(shape) for i in range(2) for name, shape in shapes.items()}
 
-    def call(x: Tensor) -> tuple[Tensor, ...]:
-        return lora_qkv(x, layers, rate)
+    def call(x: Tensor, **of: Tensor) -> tuple[Tensor, ...]:
+        return lora_qkv(x, [LoraWeights(*(of[f"{name}_{i}"] for name in shapes)) for i in range(2)], rate)
 
-    leaves: list[Any] = [x, *layers[0][:4], *layers[1][:4]]
-    found = []
-    torch._dynamo.reset()
-    for function in (call, torch.compile(call, backend="aot_eager", fullgraph=True)):
-        torch.manual_seed(1)
-        y = function(x)
-        found.append((*y, *torch.autograd.grad(sum(o.sin().sum() for o in y), leaves)))
-    torch.testing.assert_close(*found)
+    same_when_compiled(call, tensors | {"x": torch.randn(34, 20)})
 
 
 KERNELS, DROPOUT = "_lora_kernels", "dropout"

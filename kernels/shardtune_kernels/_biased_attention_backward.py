@@ -1,242 +1,26 @@
-"""Triton kernels of attention with relative positions: forward, gradient of q and of the bias, gradients of k and v.
+"""Triton kernels of attention with relative positions: gradients of q and of the bias, and of k and v."""
 
-A program takes a block of one sequence: a row of the batch, or a document of a packed row, and one head. Positions
-count from the sequence's beginning, and a query's is that of the key it stands at. Scores are in units of log 2.
-
-The bias is one number a head and distance: `diagonals` [heads, LEFT + RIGHT + 1], distances from -LEFT to RIGHT and
-constant beyond. So the blocks that a program goes over fall into three parts: all distances ≤ -LEFT (one number), near
-ones (a look-up for each score), all distances ≥ RIGHT (one number). Only near blocks need the causal mask.
-
-Dropout: probability (b, head, i, j) is kept if its 16 bits of Philox (Salmon et al. 2011, "Parallel random numbers: as
-easy as 1, 2, 3") are at least `threshold`. One call gives eight: those of j // 8, so that blocks of a document begin
-at a multiple of 8 of the packed row, `lead` columns before the document.
-"""
-
-# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false, reportAttributeAccessIssue=false
-# (Triton's language is not Python's, as to types)
+# pyright: reportAssignmentType=false, reportAttributeAccessIssue=false, reportPossiblyUnboundVariable=false
+# tl.constexpr annotates what is a number to Python; and what one constant's branch sets, another branch of it reads.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
-ROUNDS = tl.constexpr(7)
-"""The fewest of Philox 4x32 that pass all tests of the paper."""
-UNSPECIALIZED = ["seed", "threshold", "queries", "keys", "blocks"]
+from shardtune_kernels._biased_attention_tiles import (
+    UNSPECIALIZED,
+    clamp,
+    hide,
+    is_kept,
+    key_parts,
+    load_rows,
+    place_of,
+    scores_of,
+)
+from shardtune_kernels._launch import jit
 
 
-@triton.jit
-def _is_kept(seed, plane, rows, first_column, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """bool [ROWS, COLUMNS]: of `rows`, and the columns from `first_column`, a multiple of 8; `plane`: b · h + head."""
-    groups = (first_column // 8).to(tl.int32) + tl.arange(0, COLUMNS // 8)
-    zeros = tl.zeros((ROWS, COLUMNS // 8), tl.int32)
-    a, b, c, d = tl.philox(
-        seed, zeros + groups[None, :], zeros + rows.to(tl.int32)[:, None], zeros + plane.to(tl.int32), zeros, ROUNDS
-    )
-    low = tl.join(tl.join(_low(a, threshold), _low(b, threshold)), tl.join(_low(c, threshold), _low(d, threshold)))
-    high = tl.join(tl.join(_high(a, threshold), _high(b, threshold)), tl.join(_high(c, threshold), _high(d, threshold)))
-    return tl.reshape(tl.join(low, high), (ROWS, COLUMNS)) != 0
-
-
-@triton.jit
-def _low(word, threshold):
-    return ((word & 0xFFFF).to(tl.int32) >= threshold).to(tl.int8)
-
-
-@triton.jit
-def _high(word, threshold):
-    return ((word >> 16).to(tl.int32) >= threshold).to(tl.int8)
-
-
-@triton.jit
-def _place(index, blocks, heads, queries, keys, q_offsets, k_offsets, DOCUMENTS: tl.constexpr):
-    """Of a program: block, head, sequence, row of the batch, first row and length of its queries and of its keys."""
-    block = index % blocks
-    head = index // blocks % heads
-    sequence = index // blocks // heads
-    batch = sequence.to(tl.int64)
-    first_q = tl.zeros((), tl.int64)
-    first_k = tl.zeros((), tl.int64)
-    if DOCUMENTS:
-        batch = tl.zeros((), tl.int64)
-        first_q = tl.load(q_offsets + sequence).to(tl.int64)
-        first_k = tl.load(k_offsets + sequence).to(tl.int64)
-        queries = (tl.load(q_offsets + sequence + 1).to(tl.int64) - first_q).to(tl.int32)
-        keys = (tl.load(k_offsets + sequence + 1).to(tl.int64) - first_k).to(tl.int32)
-    return block, head, sequence, batch, first_q, queries, first_k, keys
-
-
-@triton.jit
-def _clamp(x, low, high):
-    return tl.minimum(tl.maximum(x, low), high)
-
-
-@triton.jit
-def _key_parts(
-    start, keys, lead, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    BIAS: tl.constexpr, CAUSAL: tl.constexpr,
-):  # fmt: skip
-    """Of queries at positions from `start`: the block of keys where the near ones begin, where they end, the end."""
-    end = tl.cdiv(keys + lead, BLOCK_N)
-    if CAUSAL:
-        end = tl.minimum(end, tl.cdiv(tl.maximum(start + BLOCK_M + lead, 0), BLOCK_N))
-    near = end
-    right = end
-    if BIAS or CAUSAL:
-        near = tl.minimum(tl.maximum(start - LEFT + 1 + lead, 0) // BLOCK_N, end)
-    if BIAS and not CAUSAL:
-        right = _clamp(tl.cdiv(tl.maximum(start + BLOCK_M - 1 + RIGHT + lead, 0), BLOCK_N), near, end)
-    return near, right, end
-
-
-@triton.jit
-def _scores(
-    products, columns, positions, lowest, diagonals, scale, is_near, far, BIAS: tl.constexpr, CAUSAL: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr,
-):  # fmt: skip
-    """scale · products + bias, -inf where the causal mask hides; columns and positions spread over the block.
-
-    `lowest`: the least of the distances. Those of a block are few: they are loaded once and looked up from there.
-    """
-    scores = products * scale
-    if BIAS or CAUSAL:
-        if is_near:
-            distances = columns - positions
-            if BIAS:
-                M: tl.constexpr = products.shape[0]
-                N: tl.constexpr = products.shape[1]
-                window = lowest + tl.arange(0, 2 * (M if M > N else N))
-                window = tl.load(diagonals + (_clamp(window, -LEFT, RIGHT) + LEFT))
-                picked = tl.gather(window, tl.reshape(distances - lowest, (M * N,)), 0)
-                scores += tl.reshape(picked, (M, N))
-            if CAUSAL:
-                scores = tl.where(distances <= 0, scores, float("-inf"))
-        else:
-            scores += far
-    return scores
-
-
-@triton.jit
-def _rows_of(base, rows, dims, stride, inside, d, WHOLE_ROWS: tl.constexpr, WHOLE_D: tl.constexpr):
-    """[rows, d] from `base`, 0 outside."""
-    places = base + rows[:, None] * stride + dims[None, :]
-    if WHOLE_ROWS and WHOLE_D:
-        return tl.load(places)
-    elif WHOLE_ROWS:
-        return tl.load(places, mask=dims[None, :] < d, other=0.0)
-    elif WHOLE_D:
-        return tl.load(places, mask=inside[:, None], other=0.0)
-    else:
-        return tl.load(places, mask=inside[:, None] & (dims[None, :] < d), other=0.0)
-
-
-@triton.jit
-def _hide(scores, inside, shown, SHOWN: tl.constexpr, WHOLE_KEYS: tl.constexpr):
-    """-inf for the keys (columns) that are not there or not shown."""
-    if SHOWN:
-        seen = tl.load(shown, mask=inside, other=0) != 0
-        scores = tl.where(seen[None, :], scores, float("-inf"))
-    elif not WHOLE_KEYS:
-        scores = tl.where(inside[None, :], scores, float("-inf"))
-    return scores
-
-
-@triton.jit
-def _attend(
-    acc, top, total, q_md, k, v, shown, diagonals, near, right, end, first_position, rows, plane, first_k, keys, lead,
-    d, k_stride, v_stride, scale, left_far, right_far, seed, threshold, keep_scale,
-    BIAS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, CAUSAL: tl.constexpr,
-    SHOWN: tl.constexpr, DROPOUT: tl.constexpr, WHOLE_KEYS: tl.constexpr, WHOLE_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
-):  # fmt: skip
-    """Goes over the blocks of keys: sum of p v, largest score and sum of p of each query."""
-    own, dims = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    positions = first_position + tl.arange(0, BLOCK_M)
-    for block in range(end):
-        start = block * BLOCK_N - lead
-        columns = start + own
-        inside = (columns >= 0) & (columns < keys)
-        offset = start.to(tl.int64)
-        k_nd = _rows_of(k + offset * k_stride, own, dims, k_stride, inside, d, WHOLE_KEYS, WHOLE_D)
-        products = tl.dot(q_md, tl.trans(k_nd.to(DOT)), input_precision="ieee", out_dtype=tl.float32)
-        is_near = (block >= near) & (block < right)
-        far = tl.where(block < near, left_far, right_far)
-        scores = _scores(
-            products, columns[None, :], positions[:, None], start - first_position - BLOCK_M + 1, diagonals, scale,
-            is_near, far, BIAS, CAUSAL, LEFT, RIGHT,
-        )  # fmt: skip
-        scores = _hide(scores, inside, shown + columns, SHOWN, WHOLE_KEYS)
-        highest = tl.maximum(top, tl.max(scores, 1))
-        finite = highest
-        if SHOWN or CAUSAL or not WHOLE_KEYS:
-            finite = tl.where(highest == float("-inf"), 0.0, highest)
-        p = tl.exp2(scores - finite[:, None])
-        shrink = tl.exp2(top - finite)
-        total = total * shrink + tl.sum(p, 1)
-        if DROPOUT:
-            kept = _is_kept(seed, plane, rows, first_k + offset, threshold, BLOCK_M, BLOCK_N)
-            p = tl.where(kept, p * keep_scale, 0.0)
-        v_nd = _rows_of(v + offset * v_stride, own, dims, v_stride, inside, d, WHOLE_KEYS, WHOLE_D)
-        acc = acc * shrink[:, None]
-        acc = tl.dot(p.to(v_nd.dtype).to(DOT), v_nd.to(DOT), acc, input_precision="ieee", out_dtype=tl.float32)
-        top = highest
-    return acc, top, total
-
-
-@triton.jit(do_not_specialize=UNSPECIALIZED)
-def attention_forward(
-    q, k, v, diagonals, shown, q_offsets, k_offsets, out, lse,
-    q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, o_b, o_h, o_s,
-    heads, queries, keys, blocks, d, scale, seed, threshold, keep_scale,
-    BIAS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, CAUSAL: tl.constexpr, SHOWN: tl.constexpr,
-    DOCUMENTS: tl.constexpr, DROPOUT: tl.constexpr, WHOLE_KEYS: tl.constexpr, WHOLE_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
-):  # fmt: skip
-    """out [b, h, s, d] and lse float32 [b, h, s], log₂ of each query's sum, infinite where it sees nothing."""
-    index = tl.program_id(0)
-    if CAUSAL:  # the longest first
-        index = tl.num_programs(0) - 1 - index
-    block, head, _, batch, first_q, own_queries, first_k, own_keys = _place(
-        index, blocks, heads, queries, keys, q_offsets, k_offsets, DOCUMENTS
-    )
-    first = block * BLOCK_M
-    if first < own_queries:
-        lead = tl.zeros((), tl.int32)
-        if DOCUMENTS and DROPOUT:
-            lead = (first_k % 8).to(tl.int32)
-        plane = batch * heads + head
-        shown += batch * keys
-        row = first_q + first
-        q += batch * q_b + head * q_h + row * q_s
-        k += batch * k_b + head * k_h + first_k * k_s
-        v += batch * v_b + head * v_h + first_k * v_s
-        out += batch * o_b + head * o_h + row * o_s
-        diagonals += head * (LEFT + RIGHT + 1)
-        own, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-        there = first + own < own_queries
-        start = first + own_keys - own_queries
-        near, right, end = _key_parts(start, own_keys, lead, BLOCK_M, BLOCK_N, LEFT, RIGHT, BIAS, CAUSAL)
-        q_md = _rows_of(q, own, dims, q_s, there, d, False, WHOLE_D).to(DOT)
-        acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-        top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK_M,), tl.float32)
-        left_far, right_far = 0.0, 0.0
-        if BIAS:
-            left_far, right_far = tl.load(diagonals), tl.load(diagonals + LEFT + RIGHT)
-        acc, top, total = _attend(
-            acc, top, total, q_md, k, v, shown, diagonals, near, right, end, start, row + own, plane, first_k,
-            own_keys, lead, d, k_s, v_s, scale, left_far, right_far, seed, threshold, keep_scale,
-            BIAS, LEFT, RIGHT, CAUSAL, SHOWN, DROPOUT, WHOLE_KEYS, WHOLE_D, BLOCK_M, BLOCK_N, BLOCK_D, DOT,
-        )  # fmt: skip
-        sees = total > 0
-        acc = acc * tl.where(sees, 1.0 / tl.where(sees, total, 1.0), 0.0)[:, None]
-        logs = tl.where(sees, top + tl.log2(tl.where(sees, total, 1.0)), float("inf"))
-        tl.store(lse + plane * queries + row + own, logs, mask=there)
-        places = out + own[:, None] * o_s + dims[None, :]
-        tl.store(places, acc.to(out.dtype.element_ty), mask=there[:, None] & (dims[None, :] < d))
-
-
-@triton.jit
+@jit
 def _add_up_diagonals(ds, own_m, N: tl.constexpr, TURN: tl.constexpr):
     """Of a block: for x < N the sum over its entries with column - row = x - TURN · N."""
     turned = tl.arange(0, N)[None, :] + own_m[:, None]
@@ -244,7 +28,7 @@ def _add_up_diagonals(ds, own_m, N: tl.constexpr, TURN: tl.constexpr):
     return tl.sum(tl.where(turned // N == TURN, picked, 0.0), 0)
 
 
-@triton.jit
+@jit
 def _store_diagonals(partial, sums, distances, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
     """Stores the sums of near distances; those of distant ones are added to the tails (left, right)."""
     tl.store(partial + distances + LEFT, sums, mask=(distances > -LEFT) & (distances < RIGHT))
@@ -253,7 +37,7 @@ def _store_diagonals(partial, sums, distances, left, right, LEFT: tl.constexpr, 
     return left, right
 
 
-@triton.jit
+@jit
 def _q_part(
     dq, q_md, do_md, k, v, shown, diagonals, partial, logs, delta, near, right, end, first_position, rows, plane,
     first_k, keys, lead, d, k_stride, v_stride, scale, left_far, right_far, seed, threshold, keep_scale,
@@ -276,20 +60,20 @@ def _q_part(
         columns = place + own
         inside = (columns >= 0) & (columns < keys)
         offset = place.to(tl.int64)
-        k_nd = _rows_of(k + offset * k_stride, own, dims, k_stride, inside, d, WHOLE_KEYS, WHOLE_D)
-        v_nd = _rows_of(v + offset * v_stride, own, dims, v_stride, inside, d, WHOLE_KEYS, WHOLE_D)
+        k_nd = load_rows(k + offset * k_stride, own, dims, k_stride, inside, d, WHOLE_KEYS, WHOLE_D)
+        v_nd = load_rows(v + offset * v_stride, own, dims, v_stride, inside, d, WHOLE_KEYS, WHOLE_D)
         products = tl.dot(q_md, tl.trans(k_nd.to(DOT)), input_precision="ieee", out_dtype=tl.float32)
         is_near = (block >= near) & (block < right)
         far = tl.where(block < near, left_far, right_far)
-        scores = _scores(
+        scores = scores_of(
             products, columns[None, :], positions[:, None], place - first_position - BLOCK_M + 1, diagonals, scale,
             is_near, far, BIAS, CAUSAL, LEFT, RIGHT,
         )  # fmt: skip
-        scores = _hide(scores, inside, shown + columns, SHOWN, WHOLE_KEYS)
+        scores = hide(scores, inside, shown + columns, SHOWN, WHOLE_KEYS)
         p = tl.exp2(scores - logs[:, None])
         dp = tl.dot(do_md, tl.trans(v_nd.to(DOT)), input_precision="ieee", out_dtype=tl.float32)
         if DROPOUT:
-            kept = _is_kept(seed, plane, rows, first_k + offset, threshold, BLOCK_M, BLOCK_N)
+            kept = is_kept(seed, plane, rows, first_k + offset, threshold, BLOCK_M, BLOCK_N)
             dp = tl.where(kept, dp * keep_scale, 0.0)
         ds = p * (dp - delta[:, None])
         if NEEDS_Q:
@@ -321,7 +105,7 @@ def _q_part(
     return dq
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@jit(do_not_specialize=UNSPECIALIZED)
 def attention_backward_q(
     q, k, v, diagonals, shown, q_offsets, k_offsets, out, grad, lse, deltas, dq, partials,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, o_b, o_h, o_s, g_b, g_h, g_s, dq_b, dq_h, dq_s,
@@ -342,7 +126,7 @@ def attention_backward_q(
     index = tl.program_id(0)
     if CAUSAL:
         index = tl.num_programs(0) - 1 - index
-    block, head, sequence, batch, first_q, own_queries, first_k, own_keys = _place(
+    block, head, sequence, batch, first_q, own_queries, first_k, own_keys = place_of(
         index, blocks, heads, queries, keys, q_offsets, k_offsets, DOCUMENTS
     )
     first = block * BLOCK_M
@@ -356,8 +140,8 @@ def attention_backward_q(
         there = first + own < own_queries
         out += batch * o_b + head * o_h + row * o_s
         grad += batch * g_b + head * g_h + row * g_s
-        do_md = _rows_of(grad, own, dims, g_s, there, d, False, WHOLE_D)
-        o_md = _rows_of(out, own, dims, o_s, there, d, False, WHOLE_D)
+        do_md = load_rows(grad, own, dims, g_s, there, d, False, WHOLE_D)
+        o_md = load_rows(out, own, dims, o_s, there, d, False, WHOLE_D)
         delta = tl.sum(do_md.to(tl.float32) * o_md.to(tl.float32), 1)
         places = plane * queries + row + own
         tl.store(deltas + places, delta, mask=there)
@@ -374,8 +158,8 @@ def attention_backward_q(
                 slot = first_q // BLOCK_M + sequence + block
             partials += (slot * heads + head) * (LEFT + RIGHT + 1)
             start = first + own_keys - own_queries
-            near, right, end = _key_parts(start, own_keys, lead, BLOCK_M, BLOCK_N, LEFT, RIGHT, BIAS, CAUSAL)
-            q_md = _rows_of(q, own, dims, q_s, there, d, False, WHOLE_D).to(DOT)
+            near, right, end = key_parts(start, own_keys, lead, BLOCK_M, BLOCK_N, LEFT, RIGHT, BIAS, CAUSAL)
+            q_md = load_rows(q, own, dims, q_s, there, d, False, WHOLE_D).to(DOT)
             do_md = do_md.to(DOT)
             acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
             left_far, right_far = 0.0, 0.0
@@ -393,7 +177,7 @@ def attention_backward_q(
                 tl.store(places, acc, mask=there[:, None] & (dims[None, :] < d))
 
 
-@triton.jit
+@jit
 def _key_part(
     dk, dv, k_nd, v_nd, q, grad, lse, deltas, diagonals, begin, near, left, end, first, shift, first_q, first_column,
     plane, queries, d, q_stride, g_stride, scale, left_far, right_far, seed, threshold, keep_scale,
@@ -410,21 +194,21 @@ def _key_part(
         rows = start + own
         there = rows < queries
         offset = start.to(tl.int64)
-        q_md = _rows_of(q + offset * q_stride, own, dims, q_stride, there, d, WHOLE_QUERIES, WHOLE_D)
-        do_md = _rows_of(grad + offset * g_stride, own, dims, g_stride, there, d, WHOLE_QUERIES, WHOLE_D)
+        q_md = load_rows(q + offset * q_stride, own, dims, q_stride, there, d, WHOLE_QUERIES, WHOLE_D)
+        do_md = load_rows(grad + offset * g_stride, own, dims, g_stride, there, d, WHOLE_QUERIES, WHOLE_D)
         logs = tl.load(lse + rows, mask=there, other=float("inf"))
         products = tl.dot(k_nd, tl.trans(q_md.to(DOT)), input_precision="ieee", out_dtype=tl.float32)
         positions = rows + shift
         is_near = (block >= near) & (block < left)
         far = tl.where(block < near, right_far, left_far)
-        scores = _scores(
+        scores = scores_of(
             products, columns[:, None], positions[None, :], first - shift - start - BLOCK_M + 1, diagonals, scale,
             is_near, far, BIAS, CAUSAL, LEFT, RIGHT,
         )  # fmt: skip
         p = tl.exp2(scores - logs[None, :])
         weights = p
         if DROPOUT:
-            kept = _is_kept(seed, plane, first_q + rows, first_column, threshold, BLOCK_M, BLOCK_N)
+            kept = is_kept(seed, plane, first_q + rows, first_column, threshold, BLOCK_M, BLOCK_N)
             kept = tl.trans(kept.to(tl.int8)) != 0
             weights = tl.where(kept, p * keep_scale, 0.0)
         if NEEDS_V:
@@ -440,7 +224,7 @@ def _key_part(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@jit(do_not_specialize=UNSPECIALIZED)
 def attention_backward_kv(
     q, k, v, diagonals, shown, q_offsets, k_offsets, grad, lse, deltas, dk, dv,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, g_b, g_h, g_s, dk_b, dk_h, dk_s, dv_b, dv_h, dv_s,
@@ -451,7 +235,7 @@ def attention_backward_kv(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """dk and dv. A key that is not shown is hidden when its rows are stored, for rows of keys never mix."""
-    block, head, _, batch, first_q, own_queries, first_k, own_keys = _place(
+    block, head, _, batch, first_q, own_queries, first_k, own_keys = place_of(
         tl.program_id(0), blocks, heads, queries, keys, q_offsets, k_offsets, DOCUMENTS
     )
     lead = tl.zeros((), tl.int32)
@@ -485,9 +269,9 @@ def attention_backward_kv(
         elif BIAS:
             near = tl.minimum(tl.maximum(first - RIGHT - shift + 1, 0) // BLOCK_M, end)
         if BIAS or CAUSAL:
-            left = _clamp(tl.cdiv(tl.maximum(first + BLOCK_N - 1 + LEFT - shift, 0), BLOCK_M), near, end)
-        k_nd = _rows_of(k, own, dims, k_s, inside, d, False, WHOLE_D).to(DOT)
-        v_nd = _rows_of(v, own, dims, v_s, inside, d, False, WHOLE_D).to(DOT)
+            left = clamp(tl.cdiv(tl.maximum(first + BLOCK_N - 1 + LEFT - shift, 0), BLOCK_M), near, end)
+        k_nd = load_rows(k, own, dims, k_s, inside, d, False, WHOLE_D).to(DOT)
+        v_nd = load_rows(v, own, dims, v_s, inside, d, False, WHOLE_D).to(DOT)
         k_acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         v_acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         left_far, right_far = 0.0, 0.0
@@ -508,17 +292,3 @@ def attention_backward_kv(
             tl.store(dk + own[:, None] * dk_s + dims[None, :], k_acc, mask=stored)
         if NEEDS_V:
             tl.store(dv + own[:, None] * dv_s + dims[None, :], v_acc.to(dv.dtype.element_ty), mask=stored)
-
-
-@triton.jit(do_not_specialize=["seed", "threshold", "queries", "keys"])
-def attention_kept(
-    kept, seed, threshold, queries, keys, row_blocks, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):  # fmt: skip
-    """kept uint8 [b · h, s, t]: what dropout keeps."""
-    plane = tl.program_id(0).to(tl.int64) // row_blocks
-    rows = tl.program_id(0) % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    first = tl.program_id(1) * BLOCK_N
-    columns = first + tl.arange(0, BLOCK_N)
-    found = _is_kept(seed, plane, rows, first, threshold, BLOCK_M, BLOCK_N)
-    places = kept + (plane * queries + rows)[:, None] * keys + columns[None, :]
-    tl.store(places, found.to(tl.uint8), mask=(rows < queries)[:, None] & (columns < keys)[None, :])
