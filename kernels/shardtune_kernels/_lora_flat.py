@@ -45,6 +45,9 @@ class _Flat(Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         if torch.is_grad_enabled():
             raise RuntimeError("a LoRA layer can be differentiated once, not twice")
+        if torch.is_autocast_enabled("cpu"):  # where `backward()` is called
+            with torch.autocast("cpu", enabled=False):
+                return _Flat.backward(ctx, *gradients)
         x, xa, weight, a, b = ctx.saved_tensors
         needs_x, needs_weight, _, needs_a, needs_b, _ = ctx.needs_input_grad
         (dy,) = gradients
