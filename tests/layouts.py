@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +16,7 @@ from torch import Tensor
 
 import plain
 import tiny
+from forked import MANY, run_group
 
 STEPS = 20
 SHARDED = ["fsdp2", "zero1", "zero2", "zero3"]
@@ -253,20 +250,8 @@ class Done:
 def launch(done: Done, runs: Sequence[Run], ranks: int) -> None:
     """Trains those of the runs that have so many ranks, one after the other in one process group."""
     configs = [str(done.config(run)) for run in runs if run.ranks == ranks]
-    script = ["-m", "shardtune.assemble.many"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    command = [sys.executable, *(torchrun if ranks > 1 else []), *script, *configs]
-    cache = str(done.folder / f"cache-{ranks}")
-    environment = {**os.environ, "SHARDTUNE_CACHE": cache, "OMP_NUM_THREADS": "1"}
     log = done.folder / f"{ranks}-ranks.log"
-    with log.open("w") as out:
-        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
-        try:
-            process.wait(LONGEST)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            out.write(f"killed after {LONGEST} seconds")
+    run_group([MANY, *configs], ranks, log, {"SHARDTUNE_CACHE": str(done.folder / f"cache-{ranks}")}, LONGEST)
     done.logs[ranks] = log.read_text()
 
 

@@ -16,7 +16,8 @@ from transformers import BitsAndBytesConfig
 
 import plain
 import tiny
-from launching import BIN, Finished, run
+from forked import MANY, run_group
+from launching import BIN, run
 
 STEPS = 10
 STRATEGIES = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
@@ -74,7 +75,7 @@ class Done:
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder = folder
         self.seed = seed
-        self.said: dict[int, Finished] = {}
+        self.said: dict[int, str] = {}
         for name, architecture in WIDE.items():
             plain.make_model(folder / name, architecture, seed)
         tiny.write_rows(folder / "train.jsonl", tiny.rows(37, seed))
@@ -112,14 +113,14 @@ class Done:
         configs = [self.config(which, which.name) for which in RUNS if which.ranks == ranks]
         if ranks == 1:
             configs += [self.config(which, f"{which.name}-begin", duration__steps=0) for which in SINGLE]
-        start = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", str(ranks)]
-        words = [*start, "-m", "shardtune.assemble.many", *map(str, configs)]
-        self.said[ranks] = run(words, self.folder / f"cache-{ranks}", timeout=900)
+        log = self.folder / f"{ranks}-ranks.log"
+        run_group([MANY, *configs], ranks, log, {"SHARDTUNE_CACHE": str(self.folder / f"cache-{ranks}")})
+        self.said[ranks] = log.read_text()
 
     def path(self, which: Run) -> Path:
         folder = self.folder / "runs" / which.name
         if not (folder / "final").is_dir():
-            pytest.fail(f"{which.name} did not finish; seed {self.seed}\n{self.said[which.ranks].said[-6000:]}")
+            pytest.fail(f"{which.name} did not finish; seed {self.seed}\n{self.said[which.ranks][-6000:]}")
         return folder
 
     def steps(self, which: Run) -> list[dict[str, float]]:
@@ -184,7 +185,7 @@ def test_same_run_as_a_plain_loop(done: Done, which: Run) -> None:
     rows = plain.read_rows(done.folder / "train.jsonl")
     epoch = [plain.batch_of(tokenizer, task, rows[at : at + 10]) for at in range(0, len(rows), 10)]
     begin = done.folder / "runs" / f"{which.name}-begin" / "final"
-    assert begin.is_dir(), done.said[1].said[-6000:]
+    assert begin.is_dir(), done.said[1][-6000:]
     model = PeftModel.from_pretrained(done.quantized(which), str(begin), is_trainable=True)
     steps = plain.train(model, task, (epoch * STEPS)[:STEPS], 1e-2, 0.0, 1e-8, 2, 1.0)
     for ours, theirs in zip(done.steps(which), steps, strict=True):
