@@ -127,7 +127,7 @@ def test_a_fused_model_computes_the_same(name: str, tuned: bool) -> None:
     assert fused_gradients.keys() == gradients.keys()
     for key, gradient in gradients.items():
         off = (fused_gradients[key] - gradient).norm() / gradient.norm().clamp(min=1e-3)
-        assert off < 2e-5, f"seed {seed}: {key} is off by {off:.2g}"
+        assert off < 1e-4, f"seed {seed}: {key} is off by {off:.2g}"
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_what_is_fused_is_counted(name: str, expected: dict[str, Any]) -> None:
     tuned = with_lora(base)
     report = fuse(tuned, base, ALL, CPU, "auto", after_head(base))
     assert report | expected == report
-    assert list(report) == ALL
+    assert list(report) == [*ALL, "padding"]
 
 
 @pytest.mark.parametrize(
@@ -260,6 +260,8 @@ def test_what_is_said_of_what_is_not_fused() -> None:
     assert said == "fused: norm in 12 (not rope, lora: a reason)"
 
 
+# What dynamo does itself with every autograd function that it traces.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("name", ["llama", "t5-gated"])
 def test_a_compiled_model_computes_the_same(name: str) -> None:
     base = model_of(name, 5)

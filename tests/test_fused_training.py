@@ -55,7 +55,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (architecture / "config.json").write_text(json.dumps(ARCHITECTURES[model]))
         packed = (len(model) + len(tuning) + len(kind)) % 2 == 0  # some of them padded, some packed
         return run_many.config(
-            made, f"{model}-{tuning}-{kind}-{fused}", architecture, TASKS[model], seed=seed, task__max_source_tokens=12, task__max_target_tokens=5,
+            made, f"{model}-{tuning}-{kind}-{fused}", architecture, TASKS[model], seed=seed,
+            task__max_source_tokens=12, task__max_target_tokens=5,
             model__weights="random", model__tokenizer="train:400", data__validation=None, data__splits=[1.0, 0.0, 0.0],
             data__batching="packed" if packed else "padded", batch={"examples": 4, "micro_examples": 2},
             tuning=TUNINGS[tuning], strategy__kind=kind, duration__steps=STEPS[kind], kernels__fused=fused,

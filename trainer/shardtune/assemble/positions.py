@@ -22,6 +22,12 @@ def longest_row(config: Config) -> int:
     return source + target if together else max(source, target)
 
 
+def micro_batch_rows(config: Config) -> int:
+    """Tokens that a rank computes on at once, or some more."""
+    batch = config.batch
+    return batch.micro_tokens or (batch.micro_examples or 1) * longest_row(config)
+
+
 def check_positions(config: Config, architecture: PreTrainedConfig) -> None:
     """Models with a learned vector for each position have only so many; relative and rotary ones go on.
 

@@ -13,12 +13,13 @@ from shardtune.assemble.begin_with import begin_with
 from shardtune.assemble.earlier import folder_of
 from shardtune.assemble.eva import observe_inputs
 from shardtune.assemble.parts import DTYPES, of_tasks, task_notes
-from shardtune.assemble.positions import longest_row
+from shardtune.assemble.positions import longest_row, micro_batch_rows
 from shardtune.assemble.prepared import Prepared
 from shardtune.assemble.tunings import make_tuning
 from shardtune.config import Config
 from shardtune.errors import ConfigError
 from shardtune.fused.head import after_head
+from shardtune.fused.measured import slower_ops
 from shardtune.fused.plan import fuse
 from shardtune.model.dropout import quicken_dropout
 from shardtune.model.packed_attention import keep_apart
@@ -29,6 +30,9 @@ from shardtune.protocols import Saved, Tuning, Weights
 from shardtune.task.chat import Chat
 from shardtune.tuning.eva import Eva
 from shardtune.world import World
+
+MEASURED_ROWS = 8192
+"""At most so many tokens at once are operations measured on: beyond, times grow alike."""
 
 
 class Tuned(NamedTuple):
@@ -65,7 +69,8 @@ def tuned_model(config: Config, world: World, prepared: Prepared, saved: Saved |
         prepared.task.stop_at_turns_end(skeleton.model)
     prepared.task = of_tasks(config, prepared.task)
     dtype = DTYPES[config.model.dtype]
-    after = after_head(skeleton.model)  # while its layers are those of transformers
+    wanted = config.kernels.fused
+    after = after_head(skeleton.model) if wanted != "off" else ""  # while its layers are those of transformers
     if hasattr(prepared.architecture, bottleneck.SETTINGS) and (tuning.makes_adapter or tuning.quantization):
         raise ConfigError(
             f"tuning.method: {config.model.path} has bottleneck adapters, beside which PEFT's do not work; tune it by "
@@ -92,7 +97,11 @@ def tuned_model(config: Config, world: World, prepared: Prepared, saved: Saved |
         notes += taken
     if tuning.quantization is not None:
         weights = QuantizedWeights(model, weights, world.device, world.largest)
-    fused = fuse(model, skeleton.model, config.kernels.fused, world.device, config.model.attention, after)
+    slower: dict[str, str] = {}
+    if wanted == "auto" and world.device.type == "cuda":  # one rank measures: all must compute alike
+        rows = min(micro_batch_rows(config), MEASURED_ROWS)
+        slower = world.first_does("calibration", lambda: slower_ops(model, rows, dtype, world.device))
+    fused = fuse(model, skeleton.model, wanted, world.device, config.model.attention, after, slower)
     if config.model.attention == "fused" and not isinstance(fused["attention"], int):
         raise ConfigError(
             f"model.attention: fused is for models with T5's relative positions; {config.model.path} has none"

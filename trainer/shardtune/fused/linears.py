@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardtune_kernels import FourBitWeight, LoraWeights
+from shardtune_kernels import LoraWeights
 
 BLOCK = 64
 """Weights in four bits that share a scale. On a CPU bitsandbytes 0.50 takes every row to begin a block, and so reads a
@@ -52,37 +52,44 @@ def is_four_bit(module: nn.Module) -> bool:
     return hasattr(base_of(module), "four_bit")
 
 
-def weights_of(module: nn.Module) -> LoraWeights:
-    """The layer's parameters as they are now."""
-    base = base_of(module)
-    weight: Tensor | FourBitWeight = base.four_bit() if hasattr(base, "four_bit") else base.weight
-    if base is module:
-        return LoraWeights(weight, base.bias)
-    lora: Any = module
-    name = lora.active_adapters[0]
-    return LoraWeights(weight, base.bias, lora.lora_A[name].weight, lora.lora_B[name].weight, lora.scaling[name])
+class Layer:
+    """A linear layer as an operation reads it: what it needs is found once, as looking for it costs as much as a small
+    product does; parameters are looked up at each call."""
 
+    def __init__(self, module: nn.Module) -> None:
+        self.module: Any = module
+        self.base: Any = base_of(module)
+        self._four_bit = getattr(self.base, "four_bit", None)
+        self._adapted = has_adapter(module)
+        if self._adapted:
+            name = self.module.active_adapters[0]
+            self._a, self._b = self.module.lora_A[name], self.module.lora_B[name]
+            self._scaling, self._name = self.module.scaling, name
+            self._dropout = getattr(self.module.lora_dropout[name], "p", 0.0)
 
-def dropout_of(module: nn.Module) -> float:
-    """The rate at which the adapter's inputs are dropped now."""
-    if not module.training or not has_adapter(module):
-        return 0.0
-    lora: Any = module
-    dropout = lora.lora_dropout[lora.active_adapters[0]]
-    return dropout.p if isinstance(dropout, nn.Dropout) else 0.0
+    def weights(self) -> LoraWeights:
+        """The parameters as they are now."""
+        own = self.base._parameters
+        weight = own["weight"] if self._four_bit is None else self._four_bit()
+        if not self._adapted:
+            return LoraWeights(weight, own.get("bias"))
+        a, b = self._a._parameters["weight"], self._b._parameters["weight"]
+        return LoraWeights(weight, own.get("bias"), a, b, self._scaling[self._name])
 
+    def dropout(self) -> float:
+        """The rate at which the adapter's inputs are dropped now."""
+        return self._dropout if self._adapted and self.module.training else 0.0
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether the adapter counts now: it is neither switched off nor part of the weight."""
-    lora: Any = module
-    return not has_adapter(module) or not (lora.disable_adapters or lora.merged)
+    def is_plain(self) -> bool:
+        """Whether the adapter counts now: it is neither switched off nor part of the weight."""
+        return not self._adapted or not (self.module._disable_adapters or self.module.merged_adapters)
 
-
-def compute_dtype(module: nn.Module, x: Tensor) -> torch.dtype:
-    """What the layer multiplies in: autocast's dtype, that of a quantized weight, or that of the input."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return base_of(module).compute_dtype if is_four_bit(module) else x.dtype
+    def cast(self, x: Tensor) -> Tensor:
+        """The input in what the layer multiplies in: autocast's dtype, or that of a quantized weight."""
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            return x.to(torch.get_autocast_dtype(device))
+        return x if self._four_bit is None else x.to(self.base.compute_dtype)
 
 
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:

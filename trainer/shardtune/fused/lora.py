@@ -8,17 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardtune.fused.linears import (
-    base_of,
-    compute_dtype,
-    dropout_of,
-    has_adapter,
-    is_four_bit,
-    is_plain,
-    refusal,
-    replace_forward,
-    weights_of,
-)
+from shardtune.fused.linears import Layer, base_of, has_adapter, is_four_bit, refusal
 from shardtune_kernels import four_bit_linear, lora_linear, lora_qkv
 
 SAME_INPUT = (
@@ -41,13 +31,13 @@ def fuse_lora(model: nn.Module, done: set[nn.Module], device: torch.device) -> t
             if reason is not None:
                 reasons[reason] = reasons.get(reason, 0) + 1
                 continue
-            replace_forward(module, _alone)
+            module.forward = _alone(Layer(module), module.forward)
             fused.add(module)
         group = _group(name, module, done, device)
         if group:
-            together = _Together(group)
+            together = _Together([Layer(member) for member in group])
             for index, member in enumerate(group):
-                replace_forward(member, _member_of(together, index))
+                member.forward = together.forward_of(index, member.forward)
                 fused.add(member)
                 done.update((member, base_of(member)))
     done |= fused | {base_of(module) for module in fused}
@@ -64,21 +54,28 @@ def fuse_four_bit(model: nn.Module, done: set[nn.Module], device: torch.device) 
         if reason is not None:
             reasons[reason] = reasons.get(reason, 0) + 1
             continue
-        replace_forward(module, _four_bit)
+        module.forward = _four_bit(Layer(module))
         done.add(module)
         count += 1
     return count, reasons
 
 
-def _four_bit(layer: Any, original: Callable[..., Tensor], x: Tensor) -> Tensor:
-    wide = x.to(layer.compute_dtype)
-    return four_bit_linear(wide, layer.four_bit(), layer.bias).to(x.dtype)
+def _four_bit(layer: Layer) -> Callable[..., Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        return four_bit_linear(layer.cast(x), layer.base.four_bit(), layer.base.bias).to(x.dtype)
+
+    return forward
 
 
-def _alone(layer: nn.Module, original: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if args or kwargs or not is_plain(layer):
-        return original(x, *args, **kwargs)
-    return lora_linear(x.to(compute_dtype(layer, x)), weights_of(layer), dropout_of(layer))
+def _alone(layer: Layer, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Short, as a small layer's time is that of the calls."""
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or not layer.is_plain():
+            return original(x, *args, **kwargs)
+        return lora_linear(layer.cast(x), layer.weights(), layer.dropout())
+
+    return forward
 
 
 def _group(name: str, module: nn.Module, done: set[nn.Module], device: torch.device) -> list[nn.Module]:
@@ -97,33 +94,28 @@ def _group(name: str, module: nn.Module, done: set[nn.Module], device: torch.dev
 class _Together:
     """Layers that are called one after the other with the same input: the first call computes all of them."""
 
-    def __init__(self, members: Sequence[nn.Module]) -> None:
+    def __init__(self, members: Sequence[Layer]) -> None:
         self._members = members
         self._input: Tensor | None = None
         self._waiting: dict[int, Tensor] = {}
 
-    def forward(self, index: int, x: Tensor) -> Tensor:
-        """Output of member `index`. Called with another input than the first member was, it is computed alone."""
-        member = self._members[index]
-        if self._input is x and index in self._waiting:
-            out = self._waiting.pop(index)
-            if not self._waiting:
-                self._input = None
-            return out
-        wide = x.to(compute_dtype(member, x))
-        self._input, self._waiting = None, {}
-        if index or torch.compiler.is_compiling() or not all(is_plain(m) for m in self._members):
-            return lora_linear(wide, weights_of(member), dropout_of(member))
-        rate = max(dropout_of(m) for m in self._members)
-        first, *others = lora_qkv(wide, [weights_of(m) for m in self._members], rate)
-        self._input, self._waiting = x, dict(enumerate(others, start=1))
-        return first
+    def forward_of(self, index: int, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The forward of member `index`. Called with another input than the first member was, it is computed alone."""
+        alone, member = _alone(self._members[index], original), self._members[index]
 
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if self._input is x and index in self._waiting:
+                out = self._waiting.pop(index)
+                if not self._waiting:
+                    self._input = None
+                return out
+            self._input, self._waiting = None, {}
+            plain = not (args or kwargs) and all(other.is_plain() for other in self._members)
+            if index or not plain or torch.compiler.is_compiling():
+                return alone(x, *args, **kwargs)
+            rate = max(other.dropout() for other in self._members)
+            first, *others = lora_qkv(member.cast(x), [other.weights() for other in self._members], rate)
+            self._input, self._waiting = x, dict(enumerate(others, start=1))
+            return first
 
-def _member_of(together: _Together, index: int) -> Callable[..., Tensor]:
-    def member(layer: nn.Module, original: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or not is_plain(layer):
-            return original(x, *args, **kwargs)
-        return together.forward(index, x)
-
-    return member
+        return forward

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from shardtune_kernels import FourBitWeight, LoraWeights, calibration, lora_gated_mlp, lora_linear, reference, rms_norm
 from torch import Tensor, nn
 from torch.nn import functional
 
 from shardtune.fused.linears import base_of, has_adapter, is_four_bit
 from shardtune.fused.mlp import NAMES
-from shardtune.fused.norms import is_norm
+from shardtune.fused.norms import is_rms_norm
+from shardtune_kernels import FourBitWeight, LoraWeights, calibration, lora_gated_mlp, lora_linear, reference, rms_norm
 
 
 class Trial(NamedTuple):
@@ -56,12 +56,17 @@ def _trials(model: nn.Module, rows: int, dtype: torch.dtype, device: torch.devic
         (width, inner, rank, stored), _ = mlps.most_common(1)[0]
         gate, up = (_layer(inner, width, rank, stored, dtype, device) for _ in range(2))
         down = _layer(width, inner, rank, stored, dtype, device)
+        adapters_of = [t for layer in (gate, up, down) for t in (layer.a, layer.b) if t is not None]
         x = _random((rows, width), dtype, device)
         yield Trial("mlp", (rows, width, inner, rank), {
-            "fused": _both_passes(lambda x: lora_gated_mlp(x, gate, up, down), x),
-            "torch": _both_passes(lambda x: _plain(functional.silu(_plain(x, gate)) * _plain(x, up), down), x),
+            "fused": _both_passes(lambda x, *_: lora_gated_mlp(x, gate, up, down), x, *adapters_of),
+            "torch": _both_passes(
+                lambda x, *_: _plain(functional.silu(_plain(x, gate)) * _plain(x, up), down), x, *adapters_of
+            ),
         })  # fmt: skip
-    norms = Counter(module.weight.shape[0] for module in model.modules() if is_norm(module))
+    norms: Counter[int] = Counter(
+        module.get_parameter("weight").shape[0] for module in model.modules() if is_rms_norm(module)
+    )
     if norms:
         ((width, _),) = norms.most_common(1)
         x, weight = _random((rows, width), dtype, device), _random((width,), dtype, device)
@@ -87,9 +92,7 @@ def _mlp_size(module: nn.Module) -> tuple[int, int, int, bool] | None:
     return _size(children[names[2]])
 
 
-def _layer(
-    outputs: int, inputs: int, rank: int, stored: bool, dtype: torch.dtype, device: torch.device
-) -> LoraWeights:
+def _layer(outputs: int, inputs: int, rank: int, stored: bool, dtype: torch.dtype, device: torch.device) -> LoraWeights:
     weight: Any = _random((outputs, inputs), dtype, device).mul_(inputs**-0.5)
     if stored:
         from bitsandbytes.functional import quantize_4bit
@@ -115,13 +118,13 @@ def _plain(x: Tensor, w: LoraWeights) -> Tensor:
     return y + w.scale * functional.linear(functional.linear(x, w.a.to(x.dtype)), w.b.to(x.dtype))
 
 
-def _both_passes(function: Callable[..., Any], *inputs: Tensor | None) -> Callable[[], object]:
-    leaves = [value.detach().requires_grad_() for value in inputs if value is not None]
+def _both_passes(function: Callable[..., Any], x: Tensor, *parameters: Tensor | None) -> Callable[[], object]:
+    """Forward and backward, for x and the parameters."""
+    given = x.detach().requires_grad_()
+    leaves = [given, *(parameter for parameter in parameters if parameter is not None)]
 
     def run() -> object:
-        if len(leaves) < len(inputs):  # no adapter
-            return torch.autograd.grad((y := function(*leaves, None, None)), leaves, y.detach())
-        y = function(*leaves)
+        y = function(given, *parameters)
         return torch.autograd.grad(y, leaves, y.detach())
 
     return run

@@ -10,16 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from shardtune.fused.linears import (
-    base_of,
-    compute_dtype,
-    dropout_of,
-    is_plain,
-    refusal,
-    replace_forward,
-    weights_of,
-)
-from shardtune_kernels import gated_activation, lora_gated_mlp, lora_qkv
+from shardtune.fused.linears import Layer, base_of, refusal
+from shardtune_kernels import gated_activation, lora_gated_mlp, lora_linear, lora_qkv
 
 NAMES = (("gate_proj", "up_proj", "down_proj"), ("wi_0", "wi_1", "wo"))
 """Gate, up and down, as architectures call them."""
@@ -49,25 +41,26 @@ def fuse_mlps(model: nn.Module, done: set[nn.Module], device: torch.device) -> t
         if reason is not None:
             reasons[reason] = reasons.get(reason, 0) + 1
             continue
-        replace_forward(module, _forward_of(names, str(activation)))
+        module.forward = _forward_of(module, names, str(activation), module.forward)
         done.update(linears, map(base_of, linears))
         count += 1
     return count, reasons
 
 
-def _forward_of(names: tuple[str, str, str], activation: str) -> Callable[..., Tensor]:
-    def forward(mlp: Any, original: Callable[..., Tensor], x: Tensor) -> Tensor:
-        gate, up, down = (getattr(mlp, name) for name in names)
-        if not (is_plain(gate) and is_plain(up) and is_plain(down)):
+def _forward_of(
+    mlp: Any, names: tuple[str, str, str], activation: str, original: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
+    gate, up, down = layers = [Layer(getattr(mlp, name)) for name in names]
+    between = getattr(mlp, "dropout", None)
+
+    def forward(x: Tensor) -> Tensor:
+        if not all(layer.is_plain() for layer in layers):
             return original(x)
-        wide = x.to(compute_dtype(gate, x))
-        rate, between = max(map(dropout_of, (gate, up, down))), getattr(mlp, "dropout", None)
+        rate = max(layer.dropout() for layer in layers)
         if between is None or not (between.training and between.p):
-            return lora_gated_mlp(wide, weights_of(gate), weights_of(up), weights_of(down), activation, rate)
-        gated = gated_activation(*lora_qkv(wide, [weights_of(gate), weights_of(up)], rate), activation)
-        inner = between(gated)
-        (out,) = lora_qkv(inner.to(compute_dtype(down, inner)), [weights_of(down)], rate)
-        return out
+            return lora_gated_mlp(gate.cast(x), gate.weights(), up.weights(), down.weights(), activation, rate)
+        inner = between(gated_activation(*lora_qkv(gate.cast(x), [gate.weights(), up.weights()], rate), activation))
+        return lora_linear(down.cast(inner), down.weights(), rate)
 
     return forward
 

@@ -23,7 +23,7 @@ def fuse_norms(model: nn.Module) -> tuple[int, dict[str, int]]:
         if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1:
             replace_forward(module, _layer_norm)
             count += 1
-        elif _looks_like_rms_norm(module):
+        elif is_rms_norm(module):
             cls = type(module)
             if cls not in kinds:
                 kinds[cls] = _kind(module)
@@ -54,7 +54,8 @@ def _epsilon(norm: Any) -> float:
     return norm.eps if found is None else found
 
 
-def _looks_like_rms_norm(module: nn.Module) -> bool:
+def is_rms_norm(module: nn.Module) -> bool:
+    """Whether it looks like one: a vector of weights and an epsilon, nothing else."""
     own = dict(module.named_parameters(recurse=False))
     alone = list(own) == ["weight"] and own["weight"].dim() == 1 and not list(module.children())
     has_epsilon = isinstance(getattr(module, "variance_epsilon", None) or getattr(module, "eps", None), float)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -37,18 +38,23 @@ def fuse(
     device: torch.device,
     attention: str,
     after_head: Any,
+    slower: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, int | str]:
     """Fuses what is `wanted` ("auto", "off", or names) in the model `tuned`, of which `base` is transformers' part;
-    on the meta device, before a strategy takes it. `attention`: `model.attention`; `after_head`: see `head.after_head`.
+    on the meta device, before a strategy takes it. `attention`: `model.attention`; `after_head`: see `head.after_head`;
+    `slower`: operations that `auto` leaves to torch, and why, see `measured.slower_ops`.
 
-    Returns for each operation but padding in how many modules it is, or the reason why in none.
+    Returns for each operation in how many modules it is (padding: in how many streams of tokens), or the reason why in
+    none.
     """
     report: dict[str, int | str] = {}
     kernels = runs_kernels(device)
+    if wanted == "off":
+        return dict.fromkeys(NAMES, "kernels.fused: off")
     done: set[nn.Module] = set()
     fusers: Mapping[str, Callable[[], tuple[int, Reasons]]] = _fusers(tuned, base, after_head, done, device)
     for name, fuser in fusers.items():
-        reason = _unwanted(name, wanted, kernels)
+        reason = _unwanted(name, wanted, kernels) or (slower.get(name) if wanted == "auto" else None)
         if reason is None and name == "attention" and attention not in ("auto", "fused"):
             reason = f"model.attention: {attention}"
         if name == "attention" and attention == "fused":
@@ -58,7 +64,10 @@ def fuse(
             continue
         count, reasons = fuser()
         report[name] = count or _said(reasons) or ABSENT[name]
-    return {name: report[name] for name in NAMES if name in report}
+    report["padding"] = _unwanted("padding", wanted, kernels) or (
+        (1 + base.config.is_encoder_decoder) if kernels else "without a GPU it is done on the host"
+    )
+    return {name: report[name] for name in NAMES}
 
 
 def _fusers(
@@ -84,8 +93,6 @@ def _fusers(
 
 
 def _unwanted(name: str, wanted: str | Collection[str], kernels: bool) -> str | None:
-    if wanted == "off":
-        return "kernels.fused: off"
     if wanted == "auto":
         return None if kernels or name in WITHOUT_KERNELS else ON_CPU
     return None if name in wanted else "not in kernels.fused"
