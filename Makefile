@@ -76,9 +76,18 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: setup
 	PATH="$(BIN):$$PATH" $(BIN)/deepspeed --num_gpus $(RANKS) launch/train.py --config configs/quickstart.yaml
 
+# Beside the other tests, the ops' tests run by themselves, as plain torch and interpreted; what they said comes last. Of
+# a choice in PYTEST_ARGS either side may have none: pytest's exit code 5.
 test: setup
-	PATH="$(BIN):$$PATH" $(BIN)/python -m pytest $(PYTEST_ARGS)
-	PATH="$(BIN):$$PATH" TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops $(PYTEST_ARGS)
+	@export PATH="$(BIN):$$PATH"; said=$$(mktemp); codes=0; \
+	pytest() { $(BIN)/python -m pytest "$$@" $(PYTEST_ARGS) || { code=$$?; $(if $(PYTEST_ARGS),[ $$code -eq 5 ],false); }; }; \
+	ops() { local failed=0; pytest tests/ops || failed=1; TRITON_INTERPRET=1 pytest tests/ops || failed=1; return $$failed; }; \
+	ops > "$$said" 2>&1 & ops=$$!; \
+	trap 'rm -f "$$said"' EXIT; \
+	pytest tests --ignore=tests/ops || codes=1; \
+	wait $$ops || codes=1; \
+	echo "test: the ops, as plain torch and interpreted"; cat "$$said"; \
+	exit $$codes
 
 # What each kernel takes on each GPU, for the table that a test compares with; RESOURCES_ARGS: parts of names.
 resources: setup
