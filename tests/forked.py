@@ -40,7 +40,7 @@ def run_group(
     Returns the exit code of the first rank that failed, or 0. What takes longer than `seconds` is killed.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(variables or {})}
-    if COLD:
+    if COLD or "TRITON_INTERPRET" in (variables or {}):  # read when Triton is imported
         return _cold(words, ranks, log, environment, seconds)
     codes = log.with_name(f"{log.name}.codes")
     codes.unlink(missing_ok=True)
