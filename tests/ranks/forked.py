@@ -29,7 +29,7 @@ import schedulefree  # noqa: E402, F401
 import torch.distributed.fsdp  # noqa: E402
 import torch.utils.tensorboard  # noqa: E402, F401
 
-import shardtune.assemble.many  # noqa: E402, F401
+import shardtune.assemble.many  # noqa: E402
 import shardtune.cli  # noqa: E402, F401
 from shardtune.world import rank_environment  # noqa: E402
 

@@ -1,8 +1,8 @@
 """Trains small models in this process group, each from where an earlier one was saved: go_on.py FOLDER CASES.json.
 
 CASES.json is a list of cases, see Case. A case's losses are in FOLDER/NAME.json; the pieces of all ranks after its last
-step in FOLDER/NAME, and after step `save_at` in FOLDER/NAME-STEP. What a case begins with may be made by another process
-group at the same time.
+step in FOLDER/NAME, and after step `save_at` in FOLDER/NAME-STEP. What a case begins with may be made by another
+process group at the same time.
 """
 
 from __future__ import annotations
