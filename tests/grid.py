@@ -14,14 +14,19 @@ import random
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 import plain
 import tiny
+from forked import MANY, run_group
 from layouts import ARCHITECTURES
+from shardtune.assemble import layouts
 
 ROWS = 49
 PROGRAM = str(Path(sys.executable).parent / "shardtune")
@@ -56,6 +61,22 @@ def verify(config: Path, options: str, **settings: Any) -> subprocess.CompletedP
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [PROGRAM, "verify-layout", "--config", str(config), *options.split()]
     return subprocess.run(command, env=environment, text=True, check=False, **settings)
+
+
+@contextmanager
+def forked_ranks(folder: Path) -> Iterator[None]:
+    """Within it, the ranks of layouts that this process verifies are forked, see forked.py; as processes started with
+    `shardtune verify-layout` they would import everything for seconds."""
+
+    def spawn(command: Sequence[str], ranks: int, *_: Any) -> int:
+        log = folder / f"{ranks}-ranks.log"
+        assert command[:3] == [sys.executable, "-m", "shardtune.assemble.many"]
+        code = run_group([MANY, *command[3:]], ranks, log)
+        print(log.read_text(encoding="utf-8"), file=sys.stderr)
+        return code
+
+    with mock.patch.object(layouts, "spawn", spawn):
+        yield
 
 
 def main() -> int:

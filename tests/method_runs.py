@@ -1,7 +1,7 @@
 """Every tuning method with no option of its own, on small models under several strategies; and what is asked of it.
 
-A case is a method on a model under a strategy. All cases of a strategy are trained in one process group, one after the
-other; where one of them fails, the group is started again with those after it.
+A case is a method on a model under a strategy. All cases of several ranks are trained in one process group, one after
+the other; where one of them fails, the group is started again with those after it.
 
 What agrees. Ranks change the order in which float32 sums are taken, which moves a sum by about 1e-7 of its terms. A
 gradient whose terms cancel is noise of that size, and AdamW divides every gradient by its own size, so it would make
@@ -131,9 +131,11 @@ class Trial:
         wanted = list(dict.fromkeys(cases))
         alone = list(dict.fromkeys(case.alone for case in wanted))
         self._train_alone(alone)
-        for strategy in STRATEGIES:
-            group = [case for case in wanted if case.strategy == strategy != "single"]
-            self._train_together([case for case in group if self._finished(case.alone)])
+        for ranks in {count for count in STRATEGIES.values() if count > 1}:
+            group = [case for strategy in STRATEGIES for case in wanted if case.strategy == strategy != "single"]
+            self._train_together(
+                [case for case in group if STRATEGIES[case.strategy] == ranks and self._finished(case.alone)]
+            )
         return [self._verdict(case) for case in wanted]
 
     def run(self, case: Case) -> Path:
@@ -208,14 +210,14 @@ class Trial:
                 self._refused.add(case)
 
     def _train_together(self, cases: Sequence[Case]) -> None:
-        """The cases of one strategy, in one process group if all goes well."""
+        """Cases of as many ranks, in one process group if all goes well."""
         left = list(cases)
         while left:
             configs = [str(self._config(case)) for case in left]
             ranks = STRATEGIES[left[0].strategy]
             torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
             command = [sys.executable, *torchrun, "-m", "shardtune.assemble.many", *configs]
-            ending = self._watch(command, left, self.folder / f"{left[0].strategy}-{len(left)}.log")
+            ending = self._watch(command, left, self.folder / f"{ranks}-ranks-{len(left)}.log")
             unfinished = [case for case in left if not self._finished(case)]
             if unfinished:
                 self._said[unfinished[0]] = ending

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +16,7 @@ from torch import Tensor
 
 import plain
 import tiny
+from forked import run_group
 from layouts import ARCHITECTURES
 
 ROWS = 32
@@ -83,13 +81,10 @@ class Runs:
 
     def _launch(self, runs: Sequence[Run], ranks: int) -> None:
         configs = [str(self._config(run)) for run in runs if run.ranks == ranks]
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-        command = [sys.executable, *(torchrun if ranks > 1 else []), SPLIT, *configs]
-        cache = str(self.folder / f"cache-{ranks}")
-        environment = {**os.environ, "SHARDTUNE_CACHE": cache, "OMP_NUM_THREADS": "1"}
         if configs:
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900)
-            self._logs[ranks] = done.stdout + done.stderr
+            log = self.folder / f"{ranks}-ranks.log"
+            run_group([SPLIT, *configs], ranks, log, {"SHARDTUNE_CACHE": str(self.folder / f"cache-{ranks}")})
+            self._logs[ranks] = log.read_text()
 
     def _config(self, run: Run) -> Path:
         limits = {"max_source_tokens": plain.SOURCE_LIMIT}

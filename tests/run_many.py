@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch import Tensor
 
 import plain
 import tiny
+from forked import MANY, run_group
 
 LONGEST = 400
 """Seconds that a process group may take."""
@@ -47,20 +46,23 @@ def config(folder: Path, name: str, model: Path, task: str, **options: Any) -> P
 def train(folder: Path, configs: Sequence[Path], ranks: int, **variables: str) -> None:
     """Runs them one after the other, with `variables` in their environment; fails with what was said where one does
     not come to its end."""
-    start = [sys.executable, "-m"]
-    if ranks > 1:
-        start += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"]
-    environment = {**os.environ, "SHARDTUNE_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1", **variables}
-    done = subprocess.run(
-        [*start, "shardtune.assemble.many", *map(str, configs)],
-        env=environment, timeout=LONGEST, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    said = folder / f"{ranks}-ranks-{configs[0].parent.name}.log"
+    variables = {"SHARDTUNE_CACHE": str(folder / f"cache-{ranks}"), **variables}
+    run_group([MANY, *configs], ranks, said, variables, LONGEST)
     for path in configs:
         run = folder / "runs" / path.parent.name
         if not (run / "final").is_dir():
             log = run.with_suffix(".log")
-            said = log.read_text(encoding="utf-8") if log.exists() else ""
-            raise AssertionError(f"{run.name} did not finish\n{said}\n{done.stdout}\n{done.stderr}"[-6000:])
+            text = log.read_text(encoding="utf-8") if log.exists() else ""
+            raise AssertionError(f"{run.name} did not finish\n{text}\n{said.read_text(encoding='utf-8')}"[-6000:])
+
+
+def train_both(folder: Path, on_one: Sequence[Path], on_two: Sequence[Path]) -> None:
+    """Runs those of one rank and those of two, both at the same time."""
+    with ThreadPoolExecutor(2) as pool:
+        groups = [pool.submit(train, folder, configs, ranks) for ranks, configs in ((1, on_one), (2, on_two))]
+    for group in groups:
+        group.result()
 
 
 def metrics(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -140,7 +140,7 @@ class Runs:
         self.folder, self.seed = folder, seed
         for name in TUNINGS:
             plain.make_model(folder / name, ARCHITECTURES[name], seed)
-        run_many.train(folder, [self.config(name, name) for name in TUNINGS], 1)
+        alone = [self.config(name, name) for name in TUNINGS]
         begun = [
             self.config("t5", "begin", duration__steps=0),
             self.config("t5", "again", model__path=str(folder / "runs" / "t5" / "final"), duration__steps=0),
@@ -149,9 +149,8 @@ class Runs:
                 tuning={"method": "full"},
             ),
         ]  # fmt: skip
-        run_many.train(folder, begun, 1)
         pairs = [self.config(name, f"{name}-{kind}", strategy__kind=kind) for name, kind in ON_TWO]
-        run_many.train(folder, pairs, 2)
+        run_many.train_both(folder, [*alone, *begun], pairs)
 
     def config(self, model: str, name: str, **options: Any) -> Path:
         given = {

@@ -1,7 +1,7 @@
 """The same run on any layout: strategies, ranks, micro-batches and batching decide only how a step is computed.
 
 The runs of the tests selected happen before the first of them, in two process groups: one of one rank, one of two.
-SHARDTUNE_TEST_SEED repeats a failure.
+They are a sample of what SHARDTUNE_TEST_ALL runs. SHARDTUNE_TEST_SEED repeats a failure.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from transformers import BitsAndBytesConfig
 
 import plain
 import tiny
-from launching import BIN, Finished, run
+from forked import MANY, run_group
 from shardtune.config_file import load_config
 from shardtune.errors import ConfigError
 from shardtune.model.quantized import quantize_layers
@@ -476,7 +476,7 @@ class Done:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.said: dict[int, Finished] = {}
+        self.said: dict[int, str] = {}
         for name, architecture in MODELS.items():
             plain.make_model(folder / name, architecture, SEED)
         tiny.write_rows(folder / "train.jsonl", tiny.rows(29, SEED))
@@ -509,14 +509,14 @@ class Done:
 
     def train(self, ranks: int) -> None:
         configs = [self.config(which) for which in [*SINGLE, *OTHERS] if which.ranks == ranks]
-        start = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", str(ranks)]
-        words = [*start, "-m", "shardtune.assemble.many", *map(str, configs)]
-        self.said[ranks] = run(words, self.folder / f"cache-{ranks}", timeout=900)
+        log = self.folder / f"{ranks}-ranks.log"
+        run_group([MANY, *configs], ranks, log, {"SHARDTUNE_CACHE": str(self.folder / f"cache-{ranks}")})
+        self.said[ranks] = log.read_text()
 
     def path(self, which: Run) -> Path:
         folder = self.folder / "runs" / which.name
         if not (folder / "final").is_dir():
-            pytest.fail(f"{which.name} did not finish; seed {SEED}\n{self.said[which.ranks].said[-6000:]}")
+            pytest.fail(f"{which.name} did not finish; seed {SEED}\n{self.said[which.ranks][-6000:]}")
         return folder
 
     def lines(self, which: Run) -> list[dict[str, float]]:

@@ -6,22 +6,34 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
-from launching import BIN, Finished, command, run
+from forked import run_group
+from launching import BIN, REPOSITORY, Finished, run
 from shardtune.data.sources import identity
 from shardtune.errors import ConfigError, DataError
 from tiny import rows, tiny_config, write_rows
+
+
+class Forked(NamedTuple):
+    """A run that has ended."""
+
+    code: int
+    said: str
 
 
 def prepare(config: Path, cache: Path, *words: str) -> Finished:
     return run([str(BIN / "shardtune"), "prepare", "--config", str(config), *words], cache)
 
 
-def train(config: Path, cache: Path, name: str, *words: str) -> Finished:
-    return run(command("python", 1, "--config", config, f"name={name}", *words), cache)
+def train(config: Path, cache: Path, name: str, *words: str) -> Forked:
+    """A run whose process is forked: it has nothing in memory of what others have read, and need not import torch."""
+    log = config.parent / f"{name}.log"
+    script = [REPOSITORY / "launch" / "train.py", "--config", config, f"name={name}", *words]
+    code = run_group(script, 1, log, {"SHARDTUNE_CACHE": str(cache)})
+    return Forked(code, log.read_text(encoding="utf-8"))
 
 
 def spoil(path: Path) -> None:
@@ -56,7 +68,7 @@ def test_a_second_start_reads_no_texts(model: str, tmp_path: Path) -> None:
     os.utime(files[0])
     done = train(config, cache, "read-again")
     assert done.code == DataError.exit_code, done.said
-    assert f"{files[0]}:1: not valid JSON" in done.err
+    assert f"{files[0]}:1: not valid JSON" in done.said
     # What a run has read is remembered as well.
     for path, content in zip(files, contents, strict=True):
         path.write_bytes(content)

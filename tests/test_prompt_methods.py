@@ -89,8 +89,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
         kind = name.partition("_")[0]
         plain.make_model(folder / "models" / kind, tiny.ARCHITECTURES[kind], 3)
     plain.make_model(folder / "models" / "t5_uneven", UNEVEN, 3)
-    for ranks, runs in ((1, SINGLE), (2, TWO_RANKS)):
-        run_many.train(folder, [config_of(folder, run) for run in runs], ranks)
+    run_many.train_both(folder, *([config_of(folder, run) for run in runs] for runs in (SINGLE, TWO_RANKS)))
     return folder
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import os
 import random
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 
 import plain
 import run_many
+from forked import TESTS, run_group
 from kept import Kept
 from layouts import ARCHITECTURES
 from shardtune.model.quantized import quantize_layers
@@ -288,7 +287,7 @@ TWICE = [
 
 
 class Runs:
-    """Folders of these runs; those of as many ranks are trained in one process group when one of them is asked for."""
+    """Folders of these runs; those of as many ranks are trained in one process group, both groups at the same time."""
 
     def __init__(self, folder: Path, wanted: Sequence[Twice]) -> None:
         self.folder = folder
@@ -296,11 +295,11 @@ class Runs:
         self._said: dict[int, str] = {}
         for model in {MODELS.get(run.method, "t5") for run in wanted}:
             plain.make_model(folder / model, ARCHITECTURES[model], SEED)
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(self._train, (1, 2)))
 
     def folders(self, run: Twice) -> tuple[Path, Path]:
         """Of the whole run, and of the one that goes on."""
-        if run.ranks not in self._said:
-            self._train([one for one in self._wanted if one.ranks == run.ranks], run.ranks)
         found = self.folder / "runs" / run.name, self.folder / "runs" / f"{run.name}-resumed"
         if not all((path / "final").is_dir() for path in found):
             log = found[0].with_suffix(".log")
@@ -308,16 +307,14 @@ class Runs:
             pytest.fail(f"{run.name} did not finish; seed {SEED}\n{said}\n{self._said[run.ranks][-3000:]}")
         return found
 
-    def _train(self, runs: Sequence[Twice], ranks: int) -> None:
-        start = [sys.executable]
-        if ranks > 1:
-            start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-        environment = {**os.environ, "SHARDTUNE_CACHE": str(self.folder / f"cache-{ranks}"), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [*start, str(Path(__file__).parent / "ranks" / "train_twice.py"), *map(str, map(self._config, runs))],
-            env=environment, timeout=600, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        self._said[ranks] = done.stdout + done.stderr
+    def _train(self, ranks: int) -> None:
+        runs = [run for run in self._wanted if run.ranks == ranks]
+        if not runs:
+            return
+        script, log = TESTS / "ranks" / "train_twice.py", self.folder / f"{ranks}-ranks.log"
+        variables = {"SHARDTUNE_CACHE": str(self.folder / f"cache-{ranks}")}
+        run_group([script, *map(self._config, runs)], ranks, log, variables, 600)
+        self._said[ranks] = log.read_text(encoding="utf-8")
 
     def _config(self, run: Twice) -> Path:
         model = MODELS.get(run.method, "t5")

@@ -1,6 +1,6 @@
 """What strategies keep in checkpoints, and how they go on from it.
 
-All cases run before the first test, in one process group for each number of ranks, one group after the other. With
+All cases run before the first test, in one process group for each number of ranks, all groups at the same time. With
 SHARDTUNE_TEST_ALL set they are all that there are, else a sample. SHARDTUNE_TEST_SEED repeats a failure.
 """
 
@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from schedulefree import AdamWScheduleFree
 from torch import Tensor, nn
 
 import tiny
+from forked import run_group
 from saved_pieces import SavedPieces
 from shardtune.optim.adamw import ScheduleFree, averaged_values
 from shardtune.strategy.gradients import averaged
@@ -121,7 +121,8 @@ def links_of(chain: str, folder: Path) -> list[tuple[int, dict[str, Any]]]:
     links, shared = [], {"model": str(folder / "t5"), "optimizer": chain.partition("-")[0], "dropout": False}
     for index, (kind, ranks) in enumerate(CHAINS[chain]):
         link = {"name": f"{chain}-{index}", "kind": kind, "begin": 2 * index, "end": 2 * index + 2, **shared}
-        links.append((ranks, {**link, "start": str(folder / f"{chain}-{index - 1}") if index else None}))
+        before = {"start": str(folder / f"{chain}-{index - 1}"), "after": f"{chain}-{index - 1}"} if index else {}
+        links.append((ranks, {**link, **before}))
     return [*links, (1, {"name": f"{chain}-alone", "kind": "single", "end": 2 * len(links), **shared})]
 
 
@@ -133,26 +134,21 @@ class Done:
         for name, architecture in ARCHITECTURES.items():
             (folder / name).mkdir()
             (folder / name / "config.json").write_text(json.dumps(architecture))
-        by_ranks: dict[int, list[dict[str, Any]]] = {2: [], 1: [], 3: []}
+        by_ranks: dict[int, list[dict[str, Any]]] = {2: [], 1: [], 3: []}  # chains, in the end, go through them so
         for run in RESUMED:
             by_ranks[run.ranks] += cases_of(run, folder)
         for chain in CHAINS:
             for ranks, link in links_of(chain, folder):
                 by_ranks[ranks].append(link)
         self.log = ""
-        for ranks, cases in by_ranks.items():
-            self._launch(ranks, [{**case, "seed": seed} for case in cases])
+        with ThreadPoolExecutor(len(by_ranks)) as pool:
+            list(pool.map(self._launch, by_ranks, by_ranks.values()))
 
     def _launch(self, ranks: int, cases: list[dict[str, Any]]) -> None:
-        listed = self.folder / f"{ranks}.json"
-        listed.write_text(json.dumps(cases))
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-        command = [sys.executable, *(torchrun if ranks > 1 else []), str(SCRIPT), str(self.folder), str(listed)]
-        path = os.pathsep.join([str(SCRIPT.parent.parent), os.environ.get("PYTHONPATH", "")])
-        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=3000)
-        if done.returncode:
-            self.log += f"{ranks} ranks:\n{done.stdout}{done.stderr}"[-5000:]
+        listed, log = self.folder / f"{ranks}-ranks.json", self.folder / f"{ranks}-ranks.log"
+        listed.write_text(json.dumps([{**case, "seed": self.seed} for case in cases]))
+        if run_group([SCRIPT, self.folder, listed], ranks, log, seconds=3000):
+            self.log += f"{ranks} ranks:\n{log.read_text()}"[-5000:]
 
     def losses(self, name: str) -> list[tuple[float, float]]:
         return [(loss, norm) for loss, norm in self._left(name)["losses"]]
@@ -202,9 +198,11 @@ def test_strategies_take_turns(done: Done, chain: str) -> None:
     alone, links = done.losses(f"{chain}-alone"), len(CHAINS[chain])
     together = [step for index in range(links) for step in done.losses(f"{chain}-{index}")]
     assert len(together) == 2 * links
+    # Where the momentum of an element is noise, rounding decides which way Lion moves it.
+    far = 100 if chain.startswith("lion") else 1
     for (loss, norm), (wanted, wanted_norm) in zip(together, alone, strict=True):
-        assert loss == pytest.approx(wanted, rel=1e-6), f"seed {done.seed}"
-        assert norm == pytest.approx(wanted_norm, rel=1e-5), f"seed {done.seed}"
+        assert loss == pytest.approx(wanted, rel=far * 1e-6), f"seed {done.seed}"
+        assert norm == pytest.approx(wanted_norm, rel=far * 1e-5), f"seed {done.seed}"
     got, wanted = done.pieces(f"{chain}-{links - 1}").tensors, done.pieces(f"{chain}-alone").tensors
     assert got.keys() == wanted.keys()
     assert {key: (t.shape, t.dtype) for key, t in got.items()} == {key: (t.shape, t.dtype) for key, t in wanted.items()}

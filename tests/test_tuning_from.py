@@ -55,8 +55,8 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if name in STRATEGIES:
             options |= {"strategy__kind": STRATEGIES[name], "duration__steps": 0}
             sharded.append(run_many.config(folder, f"{name}-sharded", path, task, **options))
-    run_many.train(folder, [*first, *second], 1)
-    run_many.train(folder, sharded, 2)
+    run_many.train(folder, first, 1)
+    run_many.train_both(folder, second, sharded)
     return folder
 
 

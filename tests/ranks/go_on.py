@@ -1,13 +1,15 @@
 """Trains small models in this process group, each from where an earlier one was saved: go_on.py FOLDER CASES.json.
 
 CASES.json is a list of cases, see Case. A case's losses are in FOLDER/NAME.json; the pieces of all ranks after its last
-step in FOLDER/NAME, and after step `save_at` in FOLDER/NAME-STEP.
+step in FOLDER/NAME, and after step `save_at` in FOLDER/NAME-STEP. What a case begins with may be made by another
+process group at the same time.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,8 @@ from shardtune.tuning.full import Full
 from shardtune.tuning.lora import Lora
 from shardtune.world import World, join_world
 
+WAITING = 250.0
+"""Seconds."""
 EXAMPLES, LENGTH = 6, 11
 """Of each step; they divide into two micro-batches on 1, 2 or 3 ranks, or into one."""
 
@@ -51,12 +55,22 @@ class Case:
     end: int = 5
     start: str | None = None
     """The folder of pieces to begin with."""
+    after: str | None = None
+    """A case, maybe of another group, that has to be done before."""
     save_at: int | None = None
     evaluate_at: int | None = None
     """After this step the model is evaluated and every parameter gathered."""
     split: bool = True
     """Whether ZeRO-3 splits parameters of any size."""
     seed: int = 0
+
+
+def wait_for(path: Path) -> None:
+    end = time.monotonic() + WAITING
+    while not path.exists():
+        if time.monotonic() > end:
+            raise TimeoutError(f"{path} is not there after {WAITING:.0f} seconds")
+        time.sleep(0.05)
 
 
 def build(case: Case, world: World) -> Strategy:
@@ -103,6 +117,8 @@ def loss_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
 def run(case: Case, world: World, folder: Path) -> None:
     zero.KEPT_WHOLE = 0 if case.split else 100_000
+    if case.after is not None:
+        wait_for(folder / f"{case.after}.json")
     strategy = build(case, world)
     vocabulary = json.loads((Path(case.model) / "config.json").read_text())["vocab_size"]
     losses = []
@@ -127,9 +143,11 @@ def run(case: Case, world: World, folder: Path) -> None:
             write(folder / f"{case.name}-{step + 1}", world.rank, step + 1, strategy.pieces())
     write(folder / case.name, world.rank, case.end, strategy.pieces())
     trained = {name: float(whole.double().sum()) for name, whole in strategy.full_trained() if whole is not None}
-    if world.is_first:
-        (folder / f"{case.name}.json").write_text(json.dumps({"losses": losses, "trained": trained}))
     world.sum([0.0])  # what a later case begins with is there
+    if world.is_first:
+        partial = folder / f"{case.name}.partial"
+        partial.write_text(json.dumps({"losses": losses, "trained": trained}))
+        partial.rename(folder / f"{case.name}.json")
     strategy.drop()
 
 
