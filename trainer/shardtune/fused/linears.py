@@ -38,8 +38,9 @@ def refusal(module: nn.Module, device: torch.device) -> str | None:
 
 
 def has_adapter(module: nn.Module) -> bool:
-    """Whether this is a linear layer with an adapter of PEFT's low-rank family."""
-    return hasattr(module, "lora_A") and hasattr(module, "base_layer") and hasattr(module, "lora_variant")
+    """Whether this is a linear layer with an adapter of PEFT's low-rank family: of modules A and B, as AdaLoRA's are
+    not."""
+    return isinstance(getattr(module, "lora_A", None), nn.ModuleDict) and hasattr(module, "lora_variant")
 
 
 def base_of(module: nn.Module) -> Any:

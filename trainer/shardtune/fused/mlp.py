@@ -68,9 +68,10 @@ def _forward_of(
 
 def _activation(module: nn.Module) -> str | None:
     """Which of the known functions the layer's activation is, tried on a few numbers."""
-    own: Any = next((child for name, child in module.named_children() if name.startswith("act")), None)
-    own = own or getattr(module, "act_fn", None) or getattr(module, "activation_fn", None)
-    if not callable(own):
+    children = [child for name, child in module.named_children() if name.startswith("act")]
+    found: list[Any] = [*children, getattr(module, "act_fn", None), getattr(module, "activation_fn", None)]
+    own: Any = next((function for function in found if callable(function)), None)
+    if own is None:
         return None
     x = torch.linspace(-6, 6, 101)
     return next((name for name, known in KNOWN.items() if torch.allclose(own(x), known(x), atol=1e-6)), None)
