@@ -20,6 +20,7 @@ from transformers import (
     BartConfig,
     CohereConfig,
     Gemma2Config,
+    GPT2Config,
     GraniteConfig,
     LlamaConfig,
     OlmoConfig,
@@ -30,6 +31,7 @@ from transformers import (
 )
 
 from shardtune.fused.head import After, after_head
+from shardtune.fused.measured import _trials, slower_ops
 from shardtune.fused.mlp import fuse_mlps
 from shardtune.fused.norms import fuse_norms
 from shardtune.fused.plan import NAMES, describe, fuse
@@ -274,3 +276,23 @@ def test_a_compiled_model_computes_the_same(name: str) -> None:
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=0)
     for key, gradient in gradients.items():
         torch.testing.assert_close(fused_gradients[f"_orig_mod.{key}"], gradient, rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_measured_computes_the_same_both_ways() -> None:
+    model = with_lora(model_of("llama"))
+    trials = list(_trials(model, 5, torch.float32, CPU))
+    assert [trial.op for trial in trials] == ["lora", "mlp", "norm"]
+    for trial in trials:
+        fused, plain = trial.ways["fused"](), trial.ways["torch"]()
+        torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5, msg=lambda m, op=trial.op: f"{op}: {m}")
+    assert slower_ops(model, 5, torch.float32, CPU) == {}  # where nothing is measured
+    transposed = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=96, n_embd=32, n_layer=1, n_head=4))
+    tuned = get_peft_model(transposed, LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
+    assert not list(_trials(tuned, 5, torch.float32, CPU))
+
+
+def test_what_torch_computes_faster_is_left_to_it() -> None:
+    model = model_of("llama")
+    found = {"norm": "torch is faster here at 5 x 32"}
+    assert fuse(model, model, "auto", CPU, "auto", After(), found)["norm"] != 5
+    assert fuse(model, model, ["norm"], CPU, "auto", After(), found)["norm"] == 5

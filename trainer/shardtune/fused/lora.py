@@ -68,8 +68,6 @@ def _four_bit(layer: Layer) -> Callable[..., Tensor]:
 
 
 def _alone(layer: Layer, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Short, as a small layer's time is that of the calls."""
-
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or not layer.is_plain():
             return original(x, *args, **kwargs)

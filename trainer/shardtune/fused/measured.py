@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from shardtune.fused.linears import base_of, has_adapter, is_four_bit
+from shardtune.fused.linears import base_of, has_adapter, is_four_bit, refusal
 from shardtune.fused.mlp import NAMES
 from shardtune.fused.norms import is_rms_norm
 from shardtune_kernels import FourBitWeight, LoraWeights, calibration, lora_gated_mlp, lora_linear, reference, rms_norm
@@ -42,7 +42,9 @@ def slower_ops(model: nn.Module, rows: int, dtype: torch.dtype, device: torch.de
 
 def _trials(model: nn.Module, rows: int, dtype: torch.dtype, device: torch.device) -> Iterator[Trial]:
     """Of each operation the size that is most frequent in the model."""
-    adapters = Counter(_size(module) for module in model.modules() if has_adapter(module))
+    adapters = Counter(
+        _size(module) for module in model.modules() if has_adapter(module) and refusal(module, device) is None
+    )
     if adapters:
         (outputs, inputs, rank, stored), _ = adapters.most_common(1)[0]
         layer = _layer(outputs, inputs, rank, stored, dtype, device)
@@ -51,7 +53,7 @@ def _trials(model: nn.Module, rows: int, dtype: torch.dtype, device: torch.devic
             "fused": _both_passes(lambda x, a, b: lora_linear(x, layer._replace(a=a, b=b)), x, layer.a, layer.b),
             "torch": _both_passes(lambda x, a, b: _plain(x, layer._replace(a=a, b=b)), x, layer.a, layer.b),
         })  # fmt: skip
-    mlps = Counter(size for size in map(_mlp_size, model.modules()) if size is not None)
+    mlps = Counter(size for module in model.modules() if (size := _mlp_size(module, device)) is not None)
     if mlps:
         (width, inner, rank, stored), _ = mlps.most_common(1)[0]
         gate, up = (_layer(inner, width, rank, stored, dtype, device) for _ in range(2))
@@ -83,11 +85,11 @@ def _size(module: nn.Module) -> tuple[int, int, int, bool]:
     return base.out_features, base.in_features, rank, is_four_bit(module)
 
 
-def _mlp_size(module: nn.Module) -> tuple[int, int, int, bool] | None:
-    """Width, inner width, rank, and whether in four bits; of its last layer."""
+def _mlp_size(module: nn.Module, device: torch.device) -> tuple[int, int, int, bool] | None:
+    """Width, inner width, rank, and whether in four bits, of the last layer; None unless the module may be fused."""
     children = dict(module.named_children())
     names = next((names for names in NAMES if all(name in children for name in names)), None)
-    if names is None or not hasattr(base_of(children[names[2]]), "in_features"):
+    if names is None or any(refusal(children[name], device) is not None for name in names):
         return None
     return _size(children[names[2]])
 
