@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import triton.language as tl
 from torch import Tensor
 
-from shardtune_kernels._launch import power_of_two
+from shardtune_kernels._launch import jit, power_of_two
 
 ELEMENTS_OF_A_WARP = 512
 """16 of a thread: two loads of 16 bytes from each operand in 16 bits."""
@@ -52,3 +53,13 @@ def summing_programs(rows: int, width: int) -> int:
     """How many programs sum gradients of weights over rows, each into a row of its own: as many warps in all (4096,
     31 of each of 132 processors) whatever the width, and the same on every GPU, so that sums are, too."""
     return min(rows, 1024 if width <= 2048 else 512 if width <= 4096 else 256)
+
+
+@jit
+def read_rows(x_ptr, residual_ptr, total_ptr, row, column, x_stride, residual_stride, inside):
+    """x in float32, or x + residual, rounded as it is stored."""
+    x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        x += tl.load(residual_ptr + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
+        x = x.to(total_ptr.dtype.element_ty).to(tl.float32)
+    return x

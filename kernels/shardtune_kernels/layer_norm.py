@@ -14,7 +14,7 @@ from shardtune_kernels import reference
 from shardtune_kernels._autograd import Function, once
 from shardtune_kernels._builds import Build
 from shardtune_kernels._launch import jit, on_triton, writes
-from shardtune_kernels._rows import rows_of, summing_programs, tile_of
+from shardtune_kernels._rows import read_rows, rows_of, summing_programs, tile_of
 
 WIDEST = 16384
 """Columns that a program holds in registers; wider rows are read three times."""
@@ -133,16 +133,6 @@ def _backward(
 
 
 @jit
-def _read(x_ptr, residual_ptr, total_ptr, row, column, x_stride, residual_stride, inside):
-    """x in float32, or x + residual, rounded as it is stored."""
-    x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-    if residual_ptr is not None:
-        x += tl.load(residual_ptr + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
-        x = x.to(total_ptr.dtype.element_ty).to(tl.float32)
-    return x
-
-
-@jit
 def _scaled(normed, weight_ptr, bias_ptr, column, width):
     if weight_ptr is not None:
         normed = normed * tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
@@ -162,7 +152,7 @@ def _forward_kernel(
     if WHOLE:
         column = tl.arange(0, BLOCK)[None, :]
         inside = (row < rows) & (column < width)
-        x = _read(x_ptr, residual_ptr, total_ptr, row, column, x_stride, residual_stride, inside)
+        x = read_rows(x_ptr, residual_ptr, total_ptr, row, column, x_stride, residual_stride, inside)
         if total_ptr is not None:
             tl.store(total_ptr + row * width + column, x, mask=inside)
         mean = tl.sum(x, axis=1, keep_dims=True) / width
@@ -175,7 +165,7 @@ def _forward_kernel(
         for start in range(0, width, BLOCK):
             column = start + tl.arange(0, BLOCK)[None, :]
             inside = (row < rows) & (column < width)
-            x = _read(x_ptr, residual_ptr, total_ptr, row, column, x_stride, residual_stride, inside)
+            x = read_rows(x_ptr, residual_ptr, total_ptr, row, column, x_stride, residual_stride, inside)
             if total_ptr is not None:
                 tl.store(total_ptr + row * width + column, x, mask=inside)
             sums += x
@@ -184,14 +174,14 @@ def _forward_kernel(
         for start in range(0, width, BLOCK):
             column = start + tl.arange(0, BLOCK)[None, :]
             inside = (row < rows) & (column < width)
-            x = _read(x_ptr, residual_ptr, total_ptr, row, column, x_stride, residual_stride, inside)
+            x = read_rows(x_ptr, residual_ptr, total_ptr, row, column, x_stride, residual_stride, inside)
             centred = tl.where(inside, x - mean, 0.0)
             squares += centred * centred
         rstd = tl.rsqrt(tl.sum(squares, axis=1, keep_dims=True) / width + eps)
         for start in range(0, width, BLOCK):
             column = start + tl.arange(0, BLOCK)[None, :]
             inside = (row < rows) & (column < width)
-            x = _read(x_ptr, residual_ptr, total_ptr, row, column, x_stride, residual_stride, inside)
+            x = read_rows(x_ptr, residual_ptr, total_ptr, row, column, x_stride, residual_stride, inside)
             y = _scaled((x - mean) * rstd, weight_ptr, bias_ptr, column, width)
             tl.store(y_ptr + row * width + column, y, mask=inside)
     tl.store(mean_ptr + row, mean, mask=row < rows)

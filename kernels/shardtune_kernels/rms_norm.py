@@ -13,7 +13,7 @@ from shardtune_kernels import reference
 from shardtune_kernels._autograd import Function, once
 from shardtune_kernels._builds import Build
 from shardtune_kernels._launch import jit, on_triton, writes
-from shardtune_kernels._rows import rows_of, summing_programs, tile_of
+from shardtune_kernels._rows import read_rows, rows_of, summing_programs, tile_of
 
 KINDS = ("llama", "t5", "gemma")
 WIDEST = 16384
@@ -127,16 +127,6 @@ def _backward(
 
 
 @jit
-def _read(x_ptr, residual_ptr, total_ptr, row, column, x_stride, residual_stride, inside):
-    """x in float32, or x + residual, rounded as it is stored; and stores it."""
-    x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-    if residual_ptr is not None:
-        x += tl.load(residual_ptr + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
-        x = x.to(total_ptr.dtype.element_ty).to(tl.float32)
-    return x
-
-
-@jit
 def _factor(weight_ptr, column, width, KIND: tl.constexpr):
     weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
     return 1.0 + weight if KIND == "gemma" else weight
@@ -165,7 +155,7 @@ def _forward_kernel(
     if WHOLE:
         column = tl.arange(0, BLOCK)[None, :]
         inside = (row < rows) & (column < width)
-        x = _read(x_ptr, residual_ptr, total_ptr, row, column, x_stride, residual_stride, inside)
+        x = read_rows(x_ptr, residual_ptr, total_ptr, row, column, x_stride, residual_stride, inside)
         if total_ptr is not None:
             tl.store(total_ptr + row * width + column, x, mask=inside)
         rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / width + eps)
@@ -175,7 +165,7 @@ def _forward_kernel(
         for start in range(0, width, BLOCK):
             column = start + tl.arange(0, BLOCK)[None, :]
             inside = (row < rows) & (column < width)
-            x = _read(x_ptr, residual_ptr, total_ptr, row, column, x_stride, residual_stride, inside)
+            x = read_rows(x_ptr, residual_ptr, total_ptr, row, column, x_stride, residual_stride, inside)
             if total_ptr is not None:
                 tl.store(total_ptr + row * width + column, x, mask=inside)
             squares += x * x
@@ -183,7 +173,7 @@ def _forward_kernel(
         for start in range(0, width, BLOCK):
             column = start + tl.arange(0, BLOCK)[None, :]
             inside = (row < rows) & (column < width)
-            x = _read(x_ptr, residual_ptr, total_ptr, row, column, x_stride, residual_stride, inside)
+            x = read_rows(x_ptr, residual_ptr, total_ptr, row, column, x_stride, residual_stride, inside)
             y = _scaled(x, rstd, weight_ptr, x_dtype, column, width, KIND)
             tl.store(y_ptr + row * width + column, y, mask=inside)
     if rstd_ptr is not None:

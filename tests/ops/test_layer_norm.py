@@ -129,7 +129,7 @@ MUTANTS = [
            "tl.sum(centred * centred, axis=1, keep_dims=True) / width - eps"),
     Mutant("forward: columns beyond the end are centred", "layer_norm",
            "centred = tl.where(inside, x - mean, 0.0)\n        rstd", "centred = x - mean\n        rstd"),
-    Mutant("forward: residual of the row before", "layer_norm", "residual_ptr + row * residual_stride",
+    Mutant("forward: residual of the row before", "_rows", "residual_ptr + row * residual_stride",
            "residual_ptr + (row - 1) * residual_stride"),
     Mutant("forward: - bias", "layer_norm", "normed = normed + tl.load(bias", "normed = normed - tl.load(bias"),
     Mutant("forward: weight of the next column", "layer_norm", "tl.load(weight_ptr + column,",
