@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-import shardtune_kernels
 from shardtune.fused.plan import runs_kernels
 from shardtune.ragged import LayOut, Rows, Stream
 
@@ -17,6 +16,8 @@ def device_padding(device: torch.device) -> LayOut | None:
 
 def lay_out_on_device(stream: Stream) -> Rows:
     """Pads or packs a stream where it is."""
+    import shardtune_kernels  # half a second, which a run without kernels need not wait
+
     tokens, offsets, learned_from = stream[:3]
     if stream.width is None:
         return shardtune_kernels.pack(tokens, offsets, learned_from=learned_from, start=stream.start)

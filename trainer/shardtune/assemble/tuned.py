@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -18,8 +18,6 @@ from shardtune.assemble.prepared import Prepared
 from shardtune.assemble.tunings import make_tuning
 from shardtune.config import Config
 from shardtune.errors import ConfigError
-from shardtune.fused.head import after_head
-from shardtune.fused.measured import slower_ops
 from shardtune.fused.plan import fuse
 from shardtune.model.dropout import quicken_dropout
 from shardtune.model.packed_attention import keep_apart
@@ -30,6 +28,9 @@ from shardtune.protocols import Saved, Tuning, Weights
 from shardtune.task.chat import Chat
 from shardtune.tuning.eva import Eva
 from shardtune.world import World
+
+if TYPE_CHECKING:
+    from shardtune.fused.head import After
 
 MEASURED_ROWS = 8192
 """At most so many tokens at once are operations measured on: beyond, times grow alike."""
@@ -70,7 +71,11 @@ def tuned_model(config: Config, world: World, prepared: Prepared, saved: Saved |
     prepared.task = of_tasks(config, prepared.task)
     dtype = DTYPES[config.model.dtype]
     wanted = config.kernels.fused
-    after = after_head(skeleton.model) if wanted != "off" else ""  # while its layers are those of transformers
+    after: After | str = ""
+    if wanted != "off":
+        from shardtune.fused.head import after_head  # with it the kernels, which take half a second
+
+        after = after_head(skeleton.model)  # while its layers are those of transformers
     if hasattr(prepared.architecture, bottleneck.SETTINGS) and (tuning.makes_adapter or tuning.quantization):
         raise ConfigError(
             f"tuning.method: {config.model.path} has bottleneck adapters, beside which PEFT's do not work; tune it by "
@@ -99,6 +104,8 @@ def tuned_model(config: Config, world: World, prepared: Prepared, saved: Saved |
         weights = QuantizedWeights(model, weights, world.device, world.largest)
     slower: dict[str, str] = {}
     if wanted == "auto" and world.device.type == "cuda":  # one rank measures: all must compute alike
+        from shardtune.fused.measured import slower_ops
+
         rows = min(micro_batch_rows(config), MEASURED_ROWS)
         slower = world.first_does("calibration", lambda: slower_ops(model, rows, dtype, world.device))
     fused = fuse(model, skeleton.model, wanted, world.device, config.model.attention, after, slower)
