@@ -19,6 +19,7 @@ import pytest
 import shardtune
 from shardtune.data import docs, tables
 from shardtune.data.fields import Dropped, Fields, texts
+from shardtune.data.publishing import published
 from shardtune.data.sources import Row, rows
 from shardtune.data.splits import Splits, read_splits
 from shardtune.data.tables import TokenTable, fingerprint, open_table, write_table
@@ -792,6 +793,22 @@ def test_writers_at_the_same_time_do_no_harm(tmp_path: Path) -> None:
         thread.join()
     assert failures == []
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"t{n}" for n in range(10))
+
+
+def test_of_two_that_make_a_folder_at_once_the_first_stays_and_a_damaged_one_goes(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "made"
+    for damaged in (False, True):
+        if damaged:
+            (folder / "whole").unlink()
+        with published(folder, "a test", (folder / "whole").exists) as slow:
+            (slow / "whole").write_text("slow")
+            with published(folder, "a test", (folder / "whole").exists) as fast:
+                (fast / "whole").write_text("fast")
+            assert (folder / "whole").read_text() == "fast"
+            inode = folder.stat().st_ino
+        assert folder.stat().st_ino == inode
+        assert (folder / "whole").read_text() == "fast"
+        assert [path.name for path in folder.parent.iterdir()] == ["made"]
 
 
 def test_the_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

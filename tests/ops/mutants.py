@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import os
 import shutil
@@ -37,6 +38,7 @@ def is_noticed(mutant: Mutant, check: Callable[[Any], None], folder: Path) -> bo
         code = 1
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            faulthandler.disable()  # a crash is one way to be noticed, and nothing to print
             check(_imported_from(folder))
             code = 0
         finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from shardtune.assemble.positions import check_positions
 from shardtune.config import Config
 from shardtune.conversations import contents
 from shardtune.data.corpus import Corpus
+from shardtune.data.publishing import published
 from shardtune.data.tables import TokenTable, cache_folder, fingerprint, open_table, write_table
 from shardtune.errors import DataError, StorageError
 from shardtune.evaluation import Split
@@ -128,14 +128,12 @@ def _trained_tokenizer(config: Config, corpus: Corpus | None) -> str:
     pieces = int(config.model.tokenizer.removeprefix("train:"))
     key = fingerprint("tokenizer", 1, corpus.fingerprint, pieces, config.task.kind)
     folder = cache_folder() / "tokenizers" / key
-    if not (folder / "tokenizer.json").exists():
-        partial = folder.with_name(f"{key}.{os.getpid()}")
+    trained = folder / "tokenizer.json"
+    if not trained.exists():
         parts = contents if is_chat(config.task) else lambda source, target: [source, target]
         texts = [text for example in corpus.splits().train for text in parts(example.source, example.target)]
-        train_tokenizer(texts, pieces, config.task.kind, partial)
-        if folder.exists():
-            return str(folder)
-        partial.rename(folder)
+        with published(folder, "the tokenizer", trained.exists) as made:
+            train_tokenizer(texts, pieces, config.task.kind, made)
     return str(folder)
 
 

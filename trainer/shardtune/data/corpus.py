@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from shardtune.data.publishing import published
 from shardtune.data.splits import Splits
 from shardtune.data.tables import cache_folder
-from shardtune.errors import DataError, StorageError
+from shardtune.errors import DataError
 from shardtune.protocols import Text
 
 VERSION = 3
@@ -99,28 +96,10 @@ def _load(folder: Path, read: Callable[[], Splits], judged: int) -> Corpus | Non
 
 
 def _store(folder: Path, facts: dict[str, Any], splits: Splits) -> None:
-    """Under a temporary name first, so that two processes at once do no harm."""
-    partial: Path | None = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    with published(folder, "the cache", lambda: _load(folder, lambda: splits, 0) is not None) as texts:
         for name in JUDGED:
-            _write_lines(partial / f"{name}.jsonl", getattr(splits, name))
-        (partial / "facts.json").write_text(json.dumps(facts), "utf-8")
-        if folder.exists():  # damaged
-            shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(FileExistsError):
-            os.rename(partial, folder)
-    except OSError as error:
-        if error.errno in (17, 39):  # another process has just stored the same
-            return
-        raise StorageError(
-            f"{folder}: cannot write the cache: {error.strerror or error}; "
-            "the environment variable SHARDTUNE_CACHE names another place"
-        ) from error
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
+            _write_lines(texts / f"{name}.jsonl", getattr(splits, name))
+        (texts / "facts.json").write_text(json.dumps(facts), "utf-8")
 
 
 def _write_lines(path: Path, texts: Iterable[Text]) -> None:

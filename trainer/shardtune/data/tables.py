@@ -6,8 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from shardtune.errors import StorageError
+from shardtune.data.publishing import published
 from shardtune.protocols import Encoded, Tokens
 
 if TYPE_CHECKING:
@@ -112,22 +110,8 @@ def write_table(folder: Path, encoded: Iterable[Encoded]) -> None:
     table is already there, perhaps from another process that wrote at the same time, that one stays. Raises
     StorageError where it cannot be written.
     """
-    workspace: Path | None = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        workspace = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        table = workspace / "table"
-        table.mkdir()
+    with published(folder, "the token table", lambda: open_table(folder) is not None) as table:
         _write_files(table, encoded)
-        _publish(table, folder)
-    except OSError as error:
-        raise StorageError(
-            f"{folder}: cannot write the token table: {error.strerror or error}; "
-            "the environment variable SHARDTUNE_CACHE names another place"
-        ) from error
-    finally:
-        if workspace is not None:
-            shutil.rmtree(workspace, ignore_errors=True)
 
 
 def _write_files(folder: Path, encoded: Iterable[Encoded]) -> None:
@@ -156,20 +140,6 @@ def _write_header(file: BinaryIO, length: int) -> None:
     # numpy pads the header of an array that may grow, so the final length fits where 0 stood.
     header = {"descr": "<i4", "fortran_order": False, "shape": (length,)}
     np.lib.format.write_array_header_1_0(file, header)
-
-
-def _publish(table: Path, folder: Path) -> None:
-    """Renames, unless a whole table is there; one that is not whole is moved away first."""
-    while open_table(folder) is None:
-        try:
-            table.rename(folder)
-            return
-        except OSError:
-            if not folder.is_dir():
-                raise
-        # Of two writers that find a damaged table, one has nothing to move, or finds a whole one next time.
-        with contextlib.suppress(FileNotFoundError):
-            folder.rename(table.with_name("replaced"))
 
 
 def _load(path: Path, dtype: np.dtype) -> NDArray:
