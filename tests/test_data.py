@@ -18,6 +18,7 @@ import pytest
 
 import shardtune
 from shardtune.data import docs, tables
+from shardtune.data.corpus import load_corpus
 from shardtune.data.fields import Dropped, Fields, texts
 from shardtune.data.publishing import published
 from shardtune.data.sources import Row, rows
@@ -809,6 +810,25 @@ def test_of_two_that_make_a_folder_at_once_the_first_stays_and_a_damaged_one_goe
         assert folder.stat().st_ino == inode
         assert (folder / "whole").read_text() == "fast"
         assert [path.name for path in folder.parent.iterdir()] == ["made"]
+
+
+@pytest.mark.parametrize("damaged", ["facts.json", "validation.jsonl", "test.jsonl"])
+def test_remembered_texts_that_are_damaged_are_read_again_once(tmp_path: Path, damaged: str) -> None:
+    path, read = jsonl(tmp_path / "a.jsonl", [{"document": f"d {n}", "summary": "s"} for n in range(40)]), []
+
+    def counted() -> Splits:
+        read.append(path)
+        return read_splits(path, None, None, SHARES, FIELDS, labels=False)
+
+    def judged() -> dict[str, list[Text]]:
+        return load_corpus(lambda: "key", counted, labels=False, judged=3).judged
+
+    first = judged()
+    assert judged() == first
+    assert len(read) == 1
+    (tmp_path / "cache" / "texts" / "key" / damaged).write_text("{")
+    assert judged() == judged() == first
+    assert len(read) == 2
 
 
 def test_the_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,8 +80,8 @@ def load_corpus(key: Callable[[], str | None], read: Callable[[], Splits], label
     return Corpus(facts, {name: getattr(splits, name)[:judged] for name in JUDGED}, lambda: splits)
 
 
-def _load(folder: Path, read: Callable[[], Splits], judged: int) -> Corpus | None:
-    """None where nothing is remembered, or the files are damaged."""
+def _load(folder: Path, read: Callable[[], Splits], judged: int | None) -> Corpus | None:
+    """None where nothing is remembered, or the files are damaged, as far as they are read; `judged` None: whole."""
     try:
         facts = json.loads((folder / "facts.json").read_text("utf-8"))
         if facts["version"] != VERSION:
@@ -96,7 +96,7 @@ def _load(folder: Path, read: Callable[[], Splits], judged: int) -> Corpus | Non
 
 
 def _store(folder: Path, facts: dict[str, Any], splits: Splits) -> None:
-    with published(folder, "the cache", lambda: _load(folder, lambda: splits, 0) is not None) as texts:
+    with published(folder, "the cache", lambda: _load(folder, lambda: splits, None) is not None) as texts:
         for name in JUDGED:
             _write_lines(texts / f"{name}.jsonl", getattr(splits, name))
         (texts / "facts.json").write_text(json.dumps(facts), "utf-8")
