@@ -28,7 +28,7 @@ TASKS: dict[str, Callable[[Any, Any], Task]] = {
     "causal": lambda tokenizer, lay_out: Causal(tokenizer, 40, 40, False, lay_out=lay_out),
     "text": lambda tokenizer, lay_out: Causal(tokenizer, 40, 40, True, lay_out=lay_out),
     "chat": lambda tokenizer, lay_out: Chat(tokenizer, 40, lay_out=lay_out),
-    "classification": lambda tokenizer, lay_out: Classification(tokenizer, 40, ["a", "b"], lay_out),
+    "classification": lambda tokenizer, lay_out: Classification(tokenizer, 40, ["a", "b"], lay_out=lay_out),
     "multitask": lambda tokenizer, lay_out: Multitask(Seq2Seq(tokenizer, 40, 40, 5, lay_out)),
 }
 CASES = [(name, packed) for name in TASKS for packed in (False, True) if not (packed and name == "classification")]

@@ -16,11 +16,12 @@ from chats import SPECIAL, TEMPLATES, WITH_TOOLS, conversation, make_tokenizer, 
 from launching import command, run
 from shardtune.cli import main
 from shardtune.conversations import Conversation, from_text, to_text
-from shardtune.data.fields import Fields, questions, texts
+from shardtune.data.fields import questions, texts
 from shardtune.data.files import Row
 from shardtune.data.messages import EMPTY_REPLY, NO_ASSISTANT
 from shardtune.errors import ConfigError, DataError
 from shardtune.protocols import IGNORED, Encoded, Generation, Text, Tokens
+from shardtune.row_fields import Fields
 from shardtune.task import turns as turns_module
 from shardtune.task.chat import GENERATION_TAG, Chat
 from shardtune.task.chat_template import NAMES, set_template
@@ -42,7 +43,7 @@ def assistant(content: str) -> dict[str, Any]:
 
 
 def read(*messages: Any, tools: Any = None) -> list[Text]:
-    return list(texts([Row("f:3", {"messages": list(messages), "tools": tools})], FIELDS, False, Counter()))
+    return list(texts([Row("f:3", {"messages": list(messages), "tools": tools})], FIELDS, Counter()))
 
 
 def tokenizer_with(name: str, tagged: bool = True, **options: Any) -> Any:
@@ -84,7 +85,7 @@ def test_rows_become_the_last_turn_and_what_stands_before() -> None:
     assert read(*turns) == [found]
     assert from_text(found.source, found.target) == Conversation(turns, [])
     as_json = Row("f:3", {"messages": json.dumps(turns), "tools": json.dumps([TOOL])})
-    (with_tools,) = texts([as_json], FIELDS, False, Counter())
+    (with_tools,) = texts([as_json], FIELDS, Counter())
     assert with_tools == read(*turns, tools=[TOOL])[0]
     assert with_tools.source == json.dumps({"messages": turns[:-1], "tools": [TOOL]}, ensure_ascii=False)
     parts = [{"type": "text", "text": " th"}, {"type": "text", "text": "ree\n"}]
@@ -124,7 +125,7 @@ def test_rows_without_a_reply_are_left_out_and_counted() -> None:
     given = [[], [user("a")], [user("a"), assistant(" \n")], [user("a"), assistant(""), user("b"), assistant("c")]]
     dropped: Counter[str] = Counter()
     rows = [Row("f:1", {"messages": turns, "tools": None}) for turns in given]
-    assert not list(texts(rows, FIELDS, False, dropped))
+    assert not list(texts(rows, FIELDS, dropped))
     assert dropped == {NO_ASSISTANT: 2, EMPTY_REPLY: 2}
 
 
@@ -159,7 +160,7 @@ def test_rows_without_a_reply_are_left_out_and_counted() -> None:
 )  # fmt: skip
 def test_faults_of_rows(messages: Any, said: str) -> None:
     with pytest.raises(DataError) as caught:
-        list(texts([Row("f:7", {"messages": messages, "tools": None})], FIELDS, False, Counter()))
+        list(texts([Row("f:7", {"messages": messages, "tools": None})], FIELDS, Counter()))
     assert said in str(caught.value)
 
 
@@ -168,7 +169,7 @@ def test_nulls_that_tables_put_in_are_left_out() -> None:
     call = {"type": "function", "function": {"name": "f", "arguments": {"city": "Rome", "date": None}}}
     turns = [user("a"), {"role": "assistant", "content": None, "tool_calls": [call], "weight": 1}]
     tools = [{"name": "f", "strict": None, "parameters": {"city": {"type": "string", "enum": None}}}]
-    (found,) = texts([Row("f:7", {"messages": turns, "tools": tools})], FIELDS, False, Counter())
+    (found,) = texts([Row("f:7", {"messages": turns, "tools": tools})], FIELDS, Counter())
     assert "null" not in found.source + found.target
     assert "weight" not in found.target
     assert "Rome" in found.target
@@ -181,7 +182,7 @@ def test_faults_of_fields() -> None:
         ({"messages": [user("a"), assistant("b")], "tools": ["f"]}, "`tools`: tool 1: a string, not an object"),
     ]:
         with pytest.raises(DataError) as caught:
-            list(texts([Row("f:7", row)], FIELDS, False, Counter()))
+            list(texts([Row("f:7", row)], FIELDS, Counter()))
         assert said in str(caught.value)
 
 

@@ -10,14 +10,15 @@ import pytest
 import yaml
 
 from shardtune.aliases import ALIASES
-from shardtune.config import CausalConfig, ClassificationConfig, Config, Seq2SeqConfig
+from shardtune.config import Config
 from shardtune.config_file import dump_config, keys_of, load_config
 from shardtune.conflicts import conflicts
 from shardtune.errors import ConfigError
+from shardtune.task.registry import SECTIONS
 from shardtune.tuning_config import LoraConfig, TuningConfig
 
 BASE = "model: {path: a/b}\ntask: {kind: seq2seq, source: s, target: t}\ndata: {train: x.jsonl}\n"
-TASKS = {"seq2seq": Seq2SeqConfig, "causal": CausalConfig, "classification": ClassificationConfig}
+TASKS = SECTIONS
 METHODS = [section.model_fields["method"].annotation.__args__[0] for section in get_args(get_args(TuningConfig)[0])]
 METHOD_NAMES = ", ".join(METHODS)
 
@@ -184,7 +185,7 @@ def test_an_override_with_a_colon_is_quoted(file: File) -> None:
 
 def test_overrides_make_sections(file: File) -> None:
     config = file.read("", "model.path=a/b", "task.kind=causal", "task.text=t", "data.train=x.jsonl")
-    assert isinstance(config.task, CausalConfig)
+    assert isinstance(config.task, SECTIONS["causal"])
     config = file.read(BASE + "optimizer: null\n", "optimizer.lr=3")
     assert config.optimizer.lr == 3
     assert file.faults(BASE, "tuning.rank=3") == ["command line tuning.method: is missing"]

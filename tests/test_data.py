@@ -19,13 +19,15 @@ import pytest
 import shardtune
 from shardtune.data import docs, tables
 from shardtune.data.corpus import load_corpus
-from shardtune.data.fields import Dropped, Fields, texts
+from shardtune.data.fields import Dropped, texts
 from shardtune.data.publishing import published
 from shardtune.data.sources import Row, rows
 from shardtune.data.splits import Splits, read_splits
 from shardtune.data.tables import TokenTable, fingerprint, open_table, write_table
 from shardtune.errors import ConfigError, DataError, StorageError
 from shardtune.protocols import Encoded, Text
+from shardtune.row_fields import Fields
+from shardtune.task.classification import one_label
 
 FIELDS = Fields(input="document", prompt=None, target="summary")
 SHARES = [0.8, 0.1, 0.1]
@@ -414,7 +416,11 @@ def test_the_installed_documentation_is_read_once(tmp_path: Path, monkeypatch: p
 
 
 def one_text(fields: dict, input: str | None, target: str | None = None, labels: bool = False) -> Text | None:
-    found = list(texts([Row("x.jsonl:1", fields)], Fields(input, None, target), labels, Counter()))
+    found = list(
+        texts(
+            [Row("x.jsonl:1", fields)], Fields(input, None, target, labels_of=one_label if labels else None), Counter()
+        )
+    )
     return found[0] if found else None
 
 
@@ -449,7 +455,7 @@ def test_an_absent_field_names_the_line_and_those_present(tmp_path: Path) -> Non
     items[411] = {"id": 411, "document": "d", "sumary": "s", "note": "n"}
     path = jsonl(tmp_path / "train.jsonl", items)
     with pytest.raises(DataError) as caught:
-        read_splits(path, None, None, SHARES, FIELDS, labels=False)
+        read_splits(path, None, None, SHARES, FIELDS)
     assert caught.value.exit_code == 3
     assert str(caught.value) == (
         f"{path}:412 field `summary`: absent; the row has: id, document, sumary, note; did you mean `sumary`?"
@@ -494,16 +500,16 @@ def test_blank_sources_and_targets_are_counted() -> None:
     pairs = [("a", "b"), ("", "b"), (" \n\t", ""), ("a", " "), ("a", ""), (" a ", " b ")]
     dropped: Dropped = Counter()
     table = [Row(f"x:{n}", {"s": source, "t": target}) for n, (source, target) in enumerate(pairs)]
-    assert list(texts(table, Fields("s", None, "t"), False, dropped)) == [
+    assert list(texts(table, Fields("s", None, "t"), dropped)) == [
         Text("x:0", "a", "b"),
         Text("x:5", " a ", " b "),
     ]
     assert dropped == {"empty source": 2, "empty target": 2}
-    assert next(texts(table, Fields("s", None, None), False, Counter())) == Text("x:0", "a", "")
+    assert next(texts(table, Fields("s", None, None), Counter())) == Text("x:0", "a", "")
 
 
 def prompted(prompt: str, fields: dict) -> list[Text]:
-    return list(texts([Row("x:1", fields)], Fields(None, prompt, None), False, Counter()))
+    return list(texts([Row("x:1", fields)], Fields(None, prompt, None), Counter()))
 
 
 def test_prompts() -> None:
@@ -545,10 +551,10 @@ def test_adding_removing_and_reordering_rows_moves_no_example(tmp_path: Path) ->
     items = examples(2000, generator)
     items += [{**item, "summary": "another target"} for item in items[:50]]  # one document, two summaries
     path = tmp_path / "x.jsonl"
-    before = places(read_splits(jsonl(path, items), None, None, SHARES, FIELDS, labels=False))
+    before = places(read_splits(jsonl(path, items), None, None, SHARES, FIELDS))
     more = [*items[100:], *examples(500, generator)]
     generator.shuffle(more)
-    after = places(read_splits(jsonl(path, more), None, None, SHARES, FIELDS, labels=False))
+    after = places(read_splits(jsonl(path, more), None, None, SHARES, FIELDS))
     shared = before.keys() & after.keys()
     assert len(shared) == 1950
     assert {source: before[source] for source in shared} == {source: after[source] for source in shared}
@@ -559,7 +565,7 @@ def test_adding_removing_and_reordering_rows_moves_no_example(tmp_path: Path) ->
 
 def test_splits_keep_the_order_of_the_file(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "x.jsonl", examples(200, random.Random(0)))
-    splits = read_splits(path, None, None, SHARES, FIELDS, labels=False)
+    splits = read_splits(path, None, None, SHARES, FIELDS)
     for part in (splits.train, splits.validation, splits.test):
         numbers = [int(text.place.rpartition(":")[2]) for text in part]
         assert numbers == sorted(numbers)
@@ -568,9 +574,9 @@ def test_splits_keep_the_order_of_the_file(tmp_path: Path) -> None:
 
 def test_shares_of_zero_stay_empty(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "x.jsonl", examples(300, random.Random(0)))
-    splits = read_splits(path, None, None, [1.0, 0.0, 0.0], FIELDS, labels=False)
+    splits = read_splits(path, None, None, [1.0, 0.0, 0.0], FIELDS)
     assert (len(splits.train), splits.validation, splits.test) == (300, [], [])
-    splits = read_splits(path, None, None, [0.5, 0.0, 0.5], FIELDS, labels=False)
+    splits = read_splits(path, None, None, [0.5, 0.0, 0.5], FIELDS)
     assert splits.validation == []
     assert len(splits.test) > 100
 
@@ -579,12 +585,12 @@ def test_given_splits_are_used_as_they_are(tmp_path: Path) -> None:
     items = examples(20, random.Random(0))
     train = jsonl(tmp_path / "train.jsonl", [*items[:10], items[0]])  # a row twice, as a weight: kept
     other = jsonl(tmp_path / "other.jsonl", items[8:])
-    splits = read_splits(train, other, None, SHARES, FIELDS, labels=False)
+    splits = read_splits(train, other, None, SHARES, FIELDS)
     assert [text.source for text in splits.train] == [item["document"] for item in [*items[:10], items[0]]]
     assert len(splits.validation) == 12
     assert splits.test == []
     assert splits.dropped == {"validation examples also in train": 2}
-    splits = read_splits(train, None, other, SHARES, FIELDS, labels=False)
+    splits = read_splits(train, None, other, SHARES, FIELDS)
     assert (len(splits.train), splits.validation, len(splits.test)) == (11, [], 12)
     assert splits.dropped == {"test examples also in train": 2}
 
@@ -595,7 +601,7 @@ def test_a_saved_dict_gives_each_split_its_own(tmp_path: Path) -> None:
     parts = {name: datasets.Dataset.from_dict({"document": [name], "summary": ["s"]}) for name in ("train", "test")}
     datasets.DatasetDict(**parts).save_to_disk(str(tmp_path / "d"))
     folder = str(tmp_path / "d")
-    splits = read_splits(folder, f"{folder}:train", folder, SHARES, FIELDS, labels=False)
+    splits = read_splits(folder, f"{folder}:train", folder, SHARES, FIELDS)
     assert [text.source for text in splits.train + splits.validation + splits.test] == [
         "train",
         "train",
@@ -606,32 +612,32 @@ def test_a_saved_dict_gives_each_split_its_own(tmp_path: Path) -> None:
 def test_no_training_example_left_says_why(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "x.jsonl", [{"document": "d", "summary": " "}] * 7 + [{"document": "", "summary": "s"}] * 2)
     with pytest.raises(DataError) as caught:
-        read_splits(path, None, None, SHARES, FIELDS, labels=False)
+        read_splits(path, None, None, SHARES, FIELDS)
     assert str(caught.value) == (
         f"{path}: no training example is left of 9 rows read (empty source: 2, empty target: 7)"
     )
     path = jsonl(tmp_path / "x.jsonl", [{"document": "d", "summary": "s"}])
     with pytest.raises(DataError, match=r"in validation or test by data\.splits: 1"):
-        read_splits(path, None, None, [0.0, 0.5, 0.5], FIELDS, labels=False)
+        read_splits(path, None, None, [0.0, 0.5, 0.5], FIELDS)
 
 
 def test_labels_that_train_has_not(tmp_path: Path) -> None:
-    fields = Fields("t", None, "l")
+    fields = Fields("t", None, "l", labels_of=one_label)
     train = jsonl(tmp_path / "train.jsonl", [{"t": f"t{n}", "l": n % 2 == 0} for n in range(10)])
     other = jsonl(tmp_path / "other.jsonl", [{"t": "x", "l": True}, {"t": "y", "l": "maybe"}])
     for validation, test in ((other, None), (None, other)):
         with pytest.raises(DataError) as caught:
-            read_splits(train, validation, test, SHARES, fields, labels=True)
+            read_splits(train, validation, test, SHARES, fields)
         assert str(caught.value) == (
             f"{other}:2 field `l`: the label 'maybe' is not in the training data; known are: false, true"
         )
-    assert read_splits(train, other, None, SHARES, fields, labels=False).validation[1].target == "maybe"
+    assert read_splits(train, other, None, SHARES, Fields("t", None, "l")).validation[1].target == "maybe"
     ids = [{"t": f"t{n}", "l": n} for n in range(100)]
     with pytest.raises(DataError, match=r"training examples have \d+ different labels, and none of the \d+ valid"):
-        read_splits(jsonl(tmp_path / "ids.jsonl", ids), None, None, SHARES, fields, labels=True)
+        read_splits(jsonl(tmp_path / "ids.jsonl", ids), None, None, SHARES, fields)
     # Where a hash divides the data, rare classes outside train are no fault of the user's.
     items = [{"t": f"t{n}", "l": "often"} for n in range(200)] + [{"t": f"u{n}", "l": f"rare {n}"} for n in range(100)]
-    splits = read_splits(jsonl(tmp_path / "all.jsonl", items), None, None, SHARES, fields, labels=True)
+    splits = read_splits(jsonl(tmp_path / "all.jsonl", items), None, None, SHARES, fields)
     known = {text.target for text in splits.train}
     assert {text.target for text in splits.validation + splits.test} <= known
     assert splits.dropped["label not in train"] == 300 - sum(map(len, (splits.train, splits.validation, splits.test)))
@@ -640,11 +646,11 @@ def test_labels_that_train_has_not(tmp_path: Path) -> None:
 def test_duplicates_are_dropped_from_the_corpus_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = [docs.Pair("m", f"f{n}", f"document {n // 2}", "summary") for n in range(100)]
     monkeypatch.setattr("shardtune.data.sources.python_docs", lambda: pairs)
-    splits = read_splits("docs:python", None, None, SHARES, FIELDS, labels=False)
+    splits = read_splits("docs:python", None, None, SHARES, FIELDS)
     assert splits.dropped == {"duplicate": 50}
     assert {int(text.place.rpartition("f")[2]) % 2 for text in splits.train} == {0}  # the first of each
     path = jsonl(tmp_path / "x.jsonl", [pair.fields() for pair in pairs])
-    assert read_splits(path, None, None, SHARES, FIELDS, labels=False).dropped == {}
+    assert read_splits(path, None, None, SHARES, FIELDS).dropped == {}
 
 
 def test_fingerprints_tell_data_apart_and_not_places(tmp_path: Path) -> None:
@@ -652,7 +658,7 @@ def test_fingerprints_tell_data_apart_and_not_places(tmp_path: Path) -> None:
 
     def of(name: str, items: list[dict], shares: list[float] = SHARES) -> str:
         path = jsonl(tmp_path / name, items)
-        return read_splits(path, None, None, shares, FIELDS, labels=False).fingerprint
+        return read_splits(path, None, None, shares, FIELDS).fingerprint
 
     first = of("a.jsonl", items)
     assert first == of("b.jsonl", items)
@@ -666,13 +672,13 @@ def test_wrong_data_is_refused_without_importing_torch(tmp_path: Path) -> None:
     bad = jsonl(tmp_path / "x.jsonl", [{"document": "d"}])
     code = """
 import sys
-from shardtune.data.fields import Fields
+from shardtune.row_fields import Fields
 from shardtune.data.splits import read_splits
 from shardtune.data.tables import open_table
 from shardtune.errors import DataError
 for spec in sys.argv[1:]:
     try:
-        read_splits(spec, None, None, [1.0, 0.0, 0.0], Fields("document", None, "summary"), False)
+        read_splits(spec, None, None, [1.0, 0.0, 0.0], Fields("document", None, "summary"))
     except DataError as error:
         print(error)
 print(sorted({"torch", "transformers", "datasets", "pyarrow"} & set(sys.modules)))
@@ -818,10 +824,10 @@ def test_remembered_texts_that_are_damaged_are_read_again_once(tmp_path: Path, d
 
     def counted() -> Splits:
         read.append(path)
-        return read_splits(path, None, None, SHARES, FIELDS, labels=False)
+        return read_splits(path, None, None, SHARES, FIELDS, None)
 
     def judged() -> dict[str, list[Text]]:
-        return load_corpus(lambda: "key", counted, labels=False, judged=3).judged
+        return load_corpus(lambda: "key", counted, None, judged=3).judged
 
     first = judged()
     assert judged() == first

@@ -11,9 +11,9 @@ import pytest
 
 from launching import command, run
 from shardtune.config_file import dump_config, load_config
-from shardtune.data.fields import Fields
 from shardtune.data.splits import read_splits
 from shardtune.errors import ConfigError, DataError
+from shardtune.row_fields import Fields
 from tiny import rows, tiny_config, write_rows
 
 FIELDS = Fields("text", None, "summary")
@@ -84,15 +84,15 @@ def test_sources_that_cannot_be_mixed(tmp_path: Path, train: Any, problem: str) 
 def test_splits_of_several_sources(tmp_path: Path) -> None:
     first, second = rows(80, seed=1), rows(50, seed=2)
     paths = [str(write_rows(tmp_path / f"{n}.jsonl", made)) for n, made in enumerate((first, second, first))]
-    splits = read_splits(paths, None, None, [0.6, 0.2, 0.2], FIELDS, labels=False)
-    alone = [read_splits(path, None, None, [0.6, 0.2, 0.2], FIELDS, labels=False) for path in paths]
+    splits = read_splits(paths, None, None, [0.6, 0.2, 0.2], FIELDS)
+    alone = [read_splits(path, None, None, [0.6, 0.2, 0.2], FIELDS) for path in paths]
     for name in ("train", "validation", "test"):
         assert getattr(splits, name) == [text for one in alone for text in getattr(one, name)]
     assert splits.train_counts == [len(one.train) for one in alone]
-    assert read_splits(paths[0], None, None, [1.0, 0, 0], FIELDS, labels=False).train_counts == [80]
+    assert read_splits(paths[0], None, None, [1.0, 0, 0], FIELDS).train_counts == [80]
     empty = write_rows(tmp_path / "empty.jsonl", [{"text": " ", "summary": "x"}])
     with pytest.raises(DataError, match=rf"^{re.escape(str(empty))}: no training example is left of 1 rows read"):
-        read_splits([paths[0], str(empty)], None, None, [0.6, 0.2, 0.2], FIELDS, labels=False)
+        read_splits([paths[0], str(empty)], None, None, [0.6, 0.2, 0.2], FIELDS)
 
 
 def test_a_mixed_run_is_the_same_on_two_ranks(tmp_path: Path) -> None:

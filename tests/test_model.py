@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from shardtune.errors import ConfigError
 from shardtune.model.initialization import CHUNK
 from shardtune.model.skeleton import Skeleton, build_skeleton, load_architecture
-from shardtune.model.tokenizer import decoder_start, fit_config, identity, load_tokenizer, train_tokenizer
+from shardtune.model.tokenizer import fit_config, identity, load_tokenizer, train_tokenizer
+from shardtune.task.architecture import decoder_start
 from skeletons import CLASSES, ENCODERS, MODELS, TASKS, architecture, filled, logits, saved, skeleton_of, values
 from tiny import rows
 

@@ -22,7 +22,6 @@ from launching import command, run
 from shardtune.config_file import load_config
 from shardtune.data.batching.grouped import Grouped
 from shardtune.data.batching.padded import Padded
-from shardtune.data.fields import Fields
 from shardtune.data.splits import read_splits, split_of
 from shardtune.data.steps import Layout
 from shardtune.data.stream import Mixture, Stream, read_judged
@@ -30,6 +29,7 @@ from shardtune.data.stream_steps import StreamSteps
 from shardtune.errors import ConfigError, DataError
 from shardtune.model.tokenizer import train_tokenizer
 from shardtune.protocols import Batch, Budget, Encoded, Text, Tokens
+from shardtune.row_fields import Fields
 from shardtune.task.tokens import pad
 from tiny import rows, tiny_config, write_rows
 
@@ -206,7 +206,7 @@ def test_streams_without_examples_end(tmp_path: Path) -> None:
 def test_what_is_judged_are_the_first_of_each_split(tmp_path: Path) -> None:
     shares = [0.6, 0.2, 0.2]
     sources = [numbered(tmp_path / "a.jsonl", 200), numbered(tmp_path / "b.jsonl", 200, 200)]
-    splits = read_splits(sources, None, None, shares, FIELDS, labels=False)
+    splits = read_splits(sources, None, None, shares, FIELDS)
     for limit in (5, 1000):
         judged = read_judged(sources, None, None, shares, FIELDS, limit, mixed=False)
         assert (judged.validation, judged.test) == (splits.validation[:limit], splits.test[:limit])
@@ -315,7 +315,7 @@ def test_a_bad_row_ends_the_run_with_its_place(launcher: str, ranks: int, tmp_pa
 HOLD = """
 import resource, sys
 from itertools import chain, islice
-from shardtune.data.fields import Fields
+from shardtune.row_fields import Fields
 from shardtune.data.stream import Stream
 from shardtune.protocols import Encoded
 def encode(texts):

@@ -16,11 +16,12 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerFast, set_seed
 
-from shardtune.data.fields import Fields, texts
+from shardtune.data.fields import texts
 from shardtune.data.sources import Row
 from shardtune.errors import DataError
 from shardtune.model.tokenizer import fit_config, load_tokenizer, train_tokenizer
 from shardtune.protocols import IGNORED, Batch, Encoded, Generation, Text, Tokens
+from shardtune.row_fields import Fields
 from shardtune.task.causal import Causal
 from shardtune.task.classification import Classification
 from shardtune.task.seq2seq import Seq2Seq
@@ -219,7 +220,7 @@ def test_chat_markup_in_prompts(name: str) -> None:
     made = fast(tokenizer, eos_token=end, pad_token=end, **({"bos_token": markup[0]} if llama else {}))
 
     row = {"instruction": "Why?", "context": "", "response": "So."}
-    text = list(texts([Row("f:1", row)], Fields(None, MARKUP_PROMPTS[name], "response"), False, Counter()))
+    text = list(texts([Row("f:1", row)], Fields(None, MARKUP_PROMPTS[name], "response"), Counter()))
     encoded = Causal(made, 512, 64, whole_text=False).encode(text)[0]
     written = made.decode([*encoded.source, *encoded.target])
     assert written == (

@@ -95,7 +95,7 @@ def verify_layout(options: argparse.Namespace) -> int:
     config = config_of(options)
     check_model_path(config)
     read_texts(config)  # what is wrong is said once, before any process starts
-    can_pack = config.task.kind != "classification" and config.model.attention not in ("eager", "flex_attention")
+    can_pack = config.task.packs and config.model.attention not in ("eager", "flex_attention")
     fitting = ["padded", "grouped", *(["packed"] if can_pack else [])]
     chosen = layouts(
         [_number("--ranks", word) for word in options.ranks.split(",")],

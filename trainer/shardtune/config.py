@@ -1,17 +1,20 @@
 """The config's types: every key, its default and its unit.
 
-The tuning methods and their options are in `tuning_config.py`, the optimizers and theirs in `optimizer_config.py`, the
-file format (YAML, overrides, errors with their lines) in `config_file.py`, what cannot go together in `conflicts.py`.
+The tasks and their keys are in `task/`, the tuning methods and theirs in `tuning_config.py`, the optimizers and theirs
+in `optimizer_config.py`, the file format (YAML, overrides, errors with their lines) in `config_file.py`, what cannot go
+together in `conflicts.py`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from shardtune.optimizer_config import AdamwConfig, OptimizerConfig
 from shardtune.section import Positive, Section, Share
+from shardtune.task.registry import AnyTask
+from shardtune.task.section import TaskSection
 from shardtune.tuning_config import FullConfig, TuningConfig
 
 
@@ -41,68 +44,10 @@ class ModelConfig(Section):
     """Run model code that comes with a hub repository."""
 
 
-class TaskSection(Section):
-    """Keys that every task has."""
-
-    prompt: str | None = None
-    """Template over the fields of a row, such as "Summarize: {document}", in place of the input field."""
-    max_source_tokens: Positive = 512
-    """Longest input, in tokens, special tokens included; longer ones are cut and keep their end token. Of `messages`
-    the whole conversation, every turn: turns that go beyond it are left out."""
-    truncation_side: Literal["right", "left"] = "right"
-    """Which end of a long input is cut off; of `messages` the last turns, or the oldest after the system message."""
-
-
-class Seq2SeqConfig(TaskSection):
-    """An encoder-decoder reads the source and writes the target."""
-
-    kind: Literal["seq2seq"]
-    """What the model learns to do."""
-    source: str | None = None
-    """Field with the input text; dots reach inside: translation.de, answers.text.0."""
-    target: str
-    """Field with the text to write."""
-    max_target_tokens: Positive = 128
-    """Longest target, in tokens, its end token included."""
-
-
-class CausalConfig(TaskSection):
-    """A decoder continues the source with the target (loss on the target), a text (loss on all), or answers in
-    conversations (loss on the assistant's turns)."""
-
-    kind: Literal["causal"]
-    """What the model learns to do."""
-    source: str | None = None
-    """Field with the text to continue."""
-    target: str | None = None
-    """Field with the continuation; the loss is on it and its end token."""
-    text: str | None = None
-    """Field with a whole text, instead of source and target; the loss is on all of it."""
-    messages: str | None = None
-    """Field with a conversation, instead of source and target: a list of messages with role and content (or ShareGPT's
-    from and value). It is written with a chat template, and the loss is on the assistant's turns."""
-    tools: str | None = None
-    """Beside `messages`: field with the schemas of the tools that the assistant may call, a list or JSON of one."""
-    template: str | None = None
-    """Chat template of `messages`; null: the tokenizer's own; or chatml, llama3, plain, or a path ending in .jinja."""
-    max_target_tokens: Positive = 128
-    """Longest target, in tokens, its end token included (a `text`, and `messages`, are bounded by
-    max_source_tokens)."""
-
-
-class ClassificationConfig(TaskSection):
-    """A classification head over the text; the labels are those of the training data."""
-
-    kind: Literal["classification"]
-    """What the model learns to do."""
-    text: str | None = None
-    """Field with the text to classify."""
-    label: str
-    """Field with the label: a string, an integer or a boolean."""
-
-
-TaskConfig = Annotated[Seq2SeqConfig | CausalConfig | ClassificationConfig, Field(discriminator="kind")]
-
+if TYPE_CHECKING:
+    TaskConfig: TypeAlias = TaskSection
+else:
+    TaskConfig = AnyTask
 
 Path = Annotated[str, Field(min_length=1)]
 
@@ -263,24 +208,63 @@ class CheckpointConfig(Section):
         return float(self.every[:-1]) * {"s": 1, "m": 60, "h": 3600}[self.every[-1]]
 
 
-MetricName = Literal["rouge", "bleu", "chrf", "exact_match", "accuracy", "macro_f1", "perplexity"]
+MetricName = Literal[
+    "rouge", "bleu", "chrf", "exact_match", "token_f1", "length", "accuracy", "macro_f1", "micro_f1", "matthews",
+    "entity_f1", "mse", "pearson", "perplexity",
+]  # fmt: skip
+OwnMetric = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+
+
+def _metric_form(value: object) -> str:
+    return "<own>" if isinstance(value, str) and ":" in value else "<name>"
+
+
+Metric = Annotated[
+    Annotated[MetricName, Tag("<name>")] | Annotated[OwnMetric, Tag("<own>")],
+    Discriminator(_metric_form),
+]
 
 
 class EvaluationConfig(Section):
-    """When and how the model is judged."""
+    """When and how the model is judged, and what it is compared with."""
 
     every: Positive = 500
     """Steps between two evaluations; also at the end."""
-    examples: Positive = 200
-    """How many examples of a split are used: the first ones."""
-    metrics: list[MetricName] | None = None
-    """null: rouge for texts, accuracy and macro_f1 for classification, perplexity for a plain text."""
+    examples: Positive | None = 200
+    """How many examples of a split are used: the first ones; null: all."""
+    metrics: list[Metric] | None = None
+    """null: those that suit the task. module:function is one of your own: it gets a prediction and a reference, both
+    texts, and returns a number; higher is better."""
     max_new_tokens: Positive = 64
     """Longest text generated, in tokens."""
+    min_new_tokens: Annotated[int, Field(ge=0)] = 0
+    """Shortest text generated, in tokens."""
     beams: Positive = 1
     """Beam search width; 1 is greedy."""
+    length_penalty: float = 1.0
+    """Of beam search: above 0 prefers longer texts, below 0 shorter ones."""
+    no_repeat_ngram: Annotated[int, Field(ge=0)] = 0
+    """No so many tokens in a row are written twice; 0: they may be."""
+    temperature: Annotated[float, Field(ge=0.0)] = 0.0
+    """0: the most probable token each time, or beams; above, tokens are drawn, the flatter the higher."""
+    top_k: Positive | None = None
+    """Tokens are drawn from so many of the most probable ones."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Tokens are drawn from the most probable ones that have this much probability together."""
+    stop: list[Annotated[str, Field(min_length=1)]] = []
+    """A text ends before one of these."""
     baseline: bool = True
-    """Also evaluate before the first step."""
+    """Also judge what tuning is compared with, before the first step: the base model, and what needs no model."""
+    shots: list[Annotated[int, Field(ge=0)]] = [0]
+    """How many training examples stand in the prompt of the base model; several numbers are judged one by one."""
+    slices: list[Annotated[str, Field(min_length=1)]] = []
+    """Fields of the data by whose values results are also told apart; by length they always are."""
+    best: str | None = None
+    """A metric such as rougeL, or loss: the checkpoint that has the best one in validation is kept, and final/ is made
+    of it. null: final/ is the model after the last step."""
+    patience: Positive | None = None
+    """Training stops after so many evaluations of validation in which `best` (loss, where that is null) was not
+    better."""
 
 
 class TrackingConfig(Section):
@@ -288,12 +272,14 @@ class TrackingConfig(Section):
 
     tensorboard: bool = True
     """Write TensorBoard event files to the run's folder."""
-    wandb: Literal[False] = False
-    """Weights & Biases."""
-    mlflow: Literal[False] = False
-    """MLflow."""
+    wandb: bool = False
+    """Weights & Biases, by its own settings (WANDB_PROJECT, WANDB_MODE=offline, …); needs `shardtune[track]`."""
+    mlflow: bool = False
+    """MLflow, by its own settings (MLFLOW_TRACKING_URI, …); needs `shardtune[track]`."""
     every: Positive = 10
     """Steps between two training lines; the first and the last step always have one."""
+    histograms: Positive | None = None
+    """Steps between two histograms of each trained parameter's gradient; null: none."""
 
 
 FusedOp = Literal["lora", "four_bit", "cross_entropy", "norm", "rope", "mlp", "attention", "padding"]

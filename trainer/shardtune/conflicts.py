@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from shardtune.config import BATCH_SIZES, CausalConfig, Config, DataConfig
+from shardtune.config import BATCH_SIZES, Config, DataConfig
 from shardtune.optimizer_config import PagedAdamw8bitConfig, PagedAdamwConfig, ScheduleFreeConfig
 from shardtune.tuning_config import (
     AdaloraConfig,
@@ -28,24 +28,7 @@ BLOCKS = (
 def conflicts(config: Config) -> Iterator[tuple[str, str]]:
     """Combinations of valid values that cannot work: pairs of (key, what is wrong with it)."""
     task, model = config.task, config.model
-    inputs = {"seq2seq": ["source"], "causal": ["source", "text", "messages"], "classification": ["text"]}[task.kind]
-    given = [key for key in [*inputs, "prompt"] if getattr(task, key) is not None]
-    wanted = " or ".join(f"task.{key}" for key in [*inputs, "prompt"])
-    if len(given) != 1:
-        problem = "give one, not " + " and ".join(f"task.{key}" for key in given) if given else "none is given"
-        yield f"task.{given[-1]}" if given else "task", f"the input comes from exactly one of {wanted}; {problem}"
-    if isinstance(task, CausalConfig):
-        if task.text is not None and task.target is not None:
-            yield "task.target", "task.text already holds the whole text; leave task.target out"
-        if task.messages is not None and task.target is not None:
-            yield "task.target", "task.messages already holds the assistant's turns; leave task.target out"
-        if task.text is None and task.messages is None and task.target is None:
-            yield "task", "task.target is missing (or give task.text: the loss is then on all of it)"
-        for key in ("tools", "template"):
-            if task.messages is None and getattr(task, key) is not None:
-                yield f"task.{key}", "only with task.messages"
-        if task.messages is not None and task.max_source_tokens < 2:
-            yield "task.max_source_tokens", "a conversation needs at least 2 tokens, one to read and one to learn"
+    yield from task.problems()
     yield from _mixture_conflicts(config.data)
     if config.data.streaming:
         yield from _stream_conflicts(config)
@@ -60,8 +43,8 @@ def conflicts(config: Config) -> Iterator[tuple[str, str]]:
     if model.attention == "flash_attention_2" and model.dtype == "float32":
         yield "model.attention", "flash_attention_2 computes in 16 bits only; use model.dtype: bfloat16, or sdpa"
     if config.data.batching == "packed":
-        if task.kind == "classification":
-            yield "data.batching", "classifiers give one label a row, so texts cannot share one; use grouped"
+        if not task.packs:
+            yield "data.batching", f"examples of task.kind: {task.kind} cannot share a row; use grouped"
         if model.attention in ("eager", "flex_attention"):
             yield (
                 "model.attention",
@@ -109,17 +92,11 @@ def conflicts(config: Config) -> Iterator[tuple[str, str]]:
         yield "model.layers", "keep at least one layer, or leave the key out to keep all"
     yield from _tuning_conflicts(config)
     if config.evaluation.metrics is not None:
-        for_labels = {"accuracy", "macro_f1"}
-        for_texts = {"rouge", "bleu", "chrf", "exact_match"}
-        names = set(config.evaluation.metrics)
-        if task.kind == "classification" and names - for_labels - {"perplexity"}:
-            yield "evaluation.metrics", f"{', '.join(sorted(names - for_labels))}: classification has labels, no texts"
-        if task.kind != "classification" and names & for_labels:
-            yield "evaluation.metrics", f"{', '.join(sorted(names & for_labels))}: only for task.kind: classification"
-        if isinstance(task, CausalConfig) and task.text is not None and names & for_texts:
+        wrong = [name for name in config.evaluation.metrics if ":" not in name and name not in task.scores]
+        if wrong:
             yield (
                 "evaluation.metrics",
-                f"{', '.join(sorted(names & for_texts))}: only with a target; task.text has none",
+                f"{', '.join(wrong)}: not for this task, whose metrics are {', '.join(task.scores)}",
             )
 
 
@@ -214,8 +191,10 @@ def _mixture_conflicts(data: DataConfig) -> Iterator[tuple[str, str]]:
 
 def _stream_conflicts(config: Config) -> Iterator[tuple[str, str]]:
     key, duration = "data.streaming", config.duration
-    if config.task.kind == "classification":
+    if config.task.fields.labels_of is not None:
         yield key, "a classifier's labels must all be known before the first step; leave data.streaming out"
+    if config.evaluation.examples is None:
+        yield "evaluation.examples", "a stream is read as far as that only, so give a number"
     if duration.epochs is not None:
         yield "duration.steps", "a stream's length is not known, so give steps or minutes in place of duration.epochs"
     if (config.model.tokenizer or "").startswith("train:"):

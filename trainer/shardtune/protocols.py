@@ -40,7 +40,9 @@ class Text(NamedTuple):
     source: str
     """What the model reads."""
     target: str
-    """What it should write: a text, a class label, or nothing where the source holds all."""
+    """What it should write: a text, a class label, or nothing where the source holds all; see the task."""
+    beside: Sequence[str] = ()
+    """Values of further fields, that examples are told apart by."""
 
 
 class Tokens(NamedTuple):

@@ -6,15 +6,16 @@ import dataclasses
 from collections import Counter
 from pathlib import Path
 
-from shardtune.config import CausalConfig, ClassificationConfig, Config, TaskConfig
+from shardtune.config import Config
 from shardtune.conversations import Conversation, to_text
 from shardtune.data.corpus import VERSION, Corpus, load_corpus
-from shardtune.data.fields import Fields, questions, texts
+from shardtune.data.fields import questions, texts
 from shardtune.data.sources import identity, rows
 from shardtune.data.splits import Splits, read_splits
 from shardtune.data.stream import Mixture, read_judged
 from shardtune.data.tables import fingerprint
 from shardtune.errors import ConfigError
+from shardtune.row_fields import Fields
 
 
 def read_texts(config: Config) -> Corpus:
@@ -23,8 +24,8 @@ def read_texts(config: Config) -> Corpus:
     Raises DataError where a source is missing or wrong.
     """
     data, task = config.data, config.task
-    fields, train = make_fields(task), [source.path for source in data.sources]
-    labels, judged = task.kind == "classification", config.evaluation.examples
+    fields, train = fields_of(config), [source.path for source in data.sources]
+    judged = config.evaluation.examples
 
     def key() -> str | None:
         given = [source for source in (*train, data.validation, data.test) if source is not None]
@@ -32,24 +33,21 @@ def read_texts(config: Config) -> Corpus:
         if data.streaming or None in files:
             return None
         places = [len(train), data.validation is None, data.test is None]
-        return fingerprint("texts", VERSION, files, places, data.splits, dataclasses.astuple(fields), labels)
+        return fingerprint("texts", VERSION, files, places, data.splits, task.kind, fields.key)
 
     def read() -> Splits:
         if data.streaming:
             mixed = make_mixture(config) is not None
+            assert judged is not None  # see `conflicts`
             return read_judged(train, data.validation, data.test, data.splits, fields, judged, mixed)
-        return read_splits(train, data.validation, data.test, data.splits, fields, labels)
+        return read_splits(train, data.validation, data.test, data.splits, fields)
 
-    return load_corpus(key, read, labels, judged)
+    return load_corpus(key, read, fields.labels_of, judged)
 
 
-def make_fields(task: TaskConfig) -> Fields:
-    """Which fields of a row make an example."""
-    if isinstance(task, ClassificationConfig):
-        return Fields(input=task.text, prompt=task.prompt, target=task.label)
-    if isinstance(task, CausalConfig):
-        return Fields(task.text or task.source, task.prompt, task.target, task.messages, task.tools)
-    return Fields(input=task.source, prompt=task.prompt, target=task.target)
+def fields_of(config: Config) -> Fields:
+    """Which fields of a row make an example, and which are kept beside it."""
+    return dataclasses.replace(config.task.fields, beside=tuple(config.evaluation.slices))
 
 
 def make_mixture(config: Config) -> Mixture | None:
@@ -86,14 +84,15 @@ def read_sources(config: Config, path: Path) -> list[str]:
     DataError where the file is missing or a row lacks a field.
     """
     task = config.task
-    if isinstance(task, CausalConfig) and task.messages is not None:
-        return list(questions(rows(str(path), "test"), task.messages, task.tools))
-    fields = dataclasses.replace(make_fields(config.task), target=None)
-    return [text.source for text in texts(rows(str(path), "test"), fields, labels=False, dropped=Counter())]
+    fields = task.fields
+    if fields.messages is not None:
+        return list(questions(rows(str(path), "test"), fields.messages, fields.tools))
+    fields = dataclasses.replace(fields, target=None)
+    return [text.source for text in texts(rows(str(path), "test"), fields, Counter())]
 
 
 def source_of(config: Config, text: str) -> str:
     """What the model is to read where a user gives one text: in conversations it is one user turn."""
-    if isinstance(config.task, CausalConfig) and config.task.messages is not None:
+    if config.task.fields.messages is not None:
         return to_text(Conversation([{"role": "user", "content": text}], []))[0]
     return text

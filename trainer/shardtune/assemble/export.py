@@ -17,16 +17,18 @@ from transformers import PreTrainedModel
 
 from shardtune import bottleneck
 from shardtune.assemble.loading import base_model, load_result, with_adapter
-from shardtune.assemble.parts import DTYPES, make_task, saved_labels
+from shardtune.assemble.parts import DTYPES, saved_labels
 from shardtune.assemble.quiet import quiet_libraries
 from shardtune.assemble.tunings import quantization_of
 from shardtune.config import Config
 from shardtune.errors import ConfigError, NumbersError, StorageError
 from shardtune.model.quantized import dequantize_layers
-from shardtune.model.skeleton import keeps_logits, load_model
+from shardtune.model.skeleton import load_model
 from shardtune.model.tokenizer import load_tokenizer, save_tokenizer
 from shardtune.protocols import Batch, Task, Text, Tokens
+from shardtune.task.architecture import keeps_logits
 from shardtune.task.chat import Chat
+from shardtune.task.section import Parts
 from shardtune.tuning_config import LoftqConfig
 
 EXAMPLES = 4
@@ -122,7 +124,7 @@ def _check_mergeable(config: Config, folder: Path, base: BaseChoice) -> None:
 
 def _merge(config: Config, run: Path, folder: Path, partial: Path, choice: BaseChoice) -> str:
     """Writes the merged model to `partial`; one model is held at a time. Returns what was done."""
-    kind, path = config.task.kind, config.model.path
+    kind, path = config.task.head, config.model.path
     quantization = quantization_of(config.tuning)
     with quiet_libraries():
         tokenizer = load_tokenizer(str(folder), config.task.truncation_side, config.model.trust_remote_code)
@@ -134,7 +136,7 @@ def _merge(config: Config, run: Path, folder: Path, partial: Path, choice: BaseC
             base, stored = base_model(config, folder, tokenizer, torch.float32, quantization)
             dequantize_layers(base.cpu())
         labels = saved_labels(folder)
-        task = make_task(config.task, path, tokenizer, base.config, labels)
+        task = config.task.make(Parts(tokenizer, base.config, path, labels))
         examples, origin = _examples(run, task, base, is_classifier=bool(labels))
         logits = _logits_of(task, examples)
         tuned: Any = with_adapter(base, folder).eval()

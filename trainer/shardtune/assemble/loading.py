@@ -12,7 +12,6 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from shardtune.assemble.parts import DTYPES, saved_labels
-from shardtune.assemble.prepared import name_labels
 from shardtune.assemble.tunings import quantization_of
 from shardtune.config import Config
 from shardtune.errors import ConfigError
@@ -34,7 +33,7 @@ def load_result(config: Config, folder: Path, tokenizer: PreTrainedTokenizerBase
     if not (folder / "adapter_config.json").exists():
         if not (folder / "config.json").exists():
             raise ConfigError(f"{folder}: holds neither a model nor an adapter")
-        return load_model(str(folder), config.task.kind, dtype)
+        return load_model(str(folder), config.task.head, dtype)
     base, _ = base_model(config, folder, tokenizer, dtype, quantization_of(config.tuning))
     model = with_adapter(base, folder)
     put_in_front(model)
@@ -68,16 +67,16 @@ def base_model(
     Quantized layers are what they were while training; the rest has `dtype`.
     """
     settings = config.model
-    architecture = load_architecture(settings.path, config.task.kind, settings.trust_remote_code)
+    architecture = load_architecture(settings.path, config.task.head, settings.trust_remote_code)
     fit_to(architecture, config, tokenizer, saved_labels(folder))
     skeleton = build_skeleton(
-        architecture, settings.path, config.task.kind, settings.weights == "pretrained", settings.attention,
+        architecture, settings.path, config.task.head, settings.weights == "pretrained", settings.attention,
         settings.layers, settings.trust_remote_code,
     )  # fmt: skip
     model, device = skeleton.model.requires_grad_(False), torch.device("cpu")
     if quantization is not None:
         compute_dtype = DTYPES[settings.dtype]
-        quantize_layers(model, config.task.kind, skeleton.recorder, quantization, compute_dtype, settings.path)
+        quantize_layers(model, config.task.head, skeleton.recorder, quantization, compute_dtype, settings.path)
     weights: Weights = skeleton.weights(model, config.seed, dtype)
     if quantization is not None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -91,5 +90,4 @@ def fit_to(
 ) -> None:
     """Gives the architecture the vocabulary and the labels of a run's result."""
     fit_config(architecture, tokenizer, (config.model.tokenizer or "").startswith("train:"))
-    if labels:
-        name_labels(architecture, labels)
+    config.task.fit(architecture, labels)

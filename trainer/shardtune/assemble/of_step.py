@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from shardtune.assemble.loading import fit_to
-from shardtune.assemble.parts import make_task, saved_labels
+from shardtune.assemble.parts import saved_labels
 from shardtune.assemble.prepared import Prepared
 from shardtune.assemble.quiet import quiet_libraries
 from shardtune.assemble.saving import saved_weights
@@ -31,6 +31,7 @@ from shardtune.protocols import VALUE, Piece, Saved, Shard
 from shardtune.result import write_result
 from shardtune.run_folder import TOKENIZER
 from shardtune.strategy.parameters import trained_parameters
+from shardtune.task.section import Parts
 from shardtune.world import World
 
 log = logging.getLogger("shardtune")
@@ -113,9 +114,9 @@ def as_result(config: Config, path: Path, beside: Path) -> Iterator[tuple[Path, 
 def _prepared(config: Config, folder: Path) -> Prepared:
     """What a run knows before its weights are loaded, but for the examples, by the tokenizer that it had."""
     settings = config.model
-    architecture = load_architecture(settings.path, config.task.kind, settings.trust_remote_code)
+    architecture = load_architecture(settings.path, config.task.head, settings.trust_remote_code)
     tokenizer = load_tokenizer(str(folder), config.task.truncation_side, settings.trust_remote_code)
     labels = saved_labels(folder)
     fit_to(architecture, config, tokenizer, labels)
-    task = make_task(config.task, settings.path, tokenizer, architecture, labels)
+    task = config.task.make(Parts(tokenizer, architecture, settings.path, labels))
     return Prepared(architecture, tokenizer, task, labels, {}, [], None)

@@ -4,39 +4,28 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from shardtune.config import (
     BatchConfig,
-    CausalConfig,
-    ClassificationConfig,
     Config,
     StrategyConfig,
-    TaskConfig,
 )
 from shardtune.data.batching.grouped import Grouped
 from shardtune.data.batching.packed import Packed
 from shardtune.data.batching.padded import Padded
 from shardtune.errors import ConfigError
 from shardtune.layers import layer_names
-from shardtune.model.skeleton import keeps_logits
-from shardtune.model.tokenizer import decoder_start
 from shardtune.optimizer_config import PagedAdamw8bitConfig, PagedAdamwConfig
 from shardtune.protocols import Batching, Budget, Strategy, Task
-from shardtune.ragged import LayOut
 from shardtune.strategy.disk import check_disk
 from shardtune.strategy.replicated import Replicated
 from shardtune.strategy.zero import Zero
-from shardtune.task.causal import Causal
-from shardtune.task.chat import Chat
-from shardtune.task.classification import Classification
 from shardtune.task.multitask import Multitask
-from shardtune.task.seq2seq import Seq2Seq
+from shardtune.task.section import TaskSection
 from shardtune.tuning_config import MultitaskPromptConfig
 from shardtune.world import World
 
@@ -46,25 +35,6 @@ JUDGED_AT_ONCE = 8
 """Where the config gives tokens, not examples."""
 USABLE_SHARE = 0.7
 """Of a device's memory, what parameters, gradients and optimizer may take under ddp; the rest is for activations."""
-
-
-def make_task(
-    config: TaskConfig,
-    path: str,
-    tokenizer: PreTrainedTokenizerBase,
-    model: PreTrainedConfig,
-    labels: Sequence[str],
-    lay_out: LayOut | None = None,
-) -> Task:
-    """The task of `task.kind`; `lay_out`: how its batches are padded and packed on a device, see `device_padding`."""
-    if isinstance(config, ClassificationConfig):
-        return Classification(tokenizer, config.max_source_tokens, labels, lay_out)
-    if is_chat(config):
-        return Chat(tokenizer, config.max_source_tokens, keeps_logits(model), lay_out)
-    limits = config.max_source_tokens, config.max_target_tokens
-    if isinstance(config, CausalConfig):
-        return Causal(tokenizer, *limits, config.text is not None, keeps_logits(model), lay_out)
-    return Seq2Seq(tokenizer, *limits, decoder_start(model, path), lay_out)
 
 
 def of_tasks(config: Config, task: Task) -> Task:
@@ -86,9 +56,9 @@ def saved_labels(folder: Path) -> list[str]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
 
-def is_chat(config: TaskConfig) -> bool:
+def is_chat(config: TaskSection) -> bool:
     """Whether the examples are conversations."""
-    return isinstance(config, CausalConfig) and config.messages is not None
+    return getattr(config, "messages", None) is not None
 
 
 def choose_strategy(config: StrategyConfig, model: nn.Module, world: World, compute_dtype: torch.dtype) -> str:
@@ -143,11 +113,7 @@ def metric_names(config: Config) -> list[str]:
     """The metrics of `evaluation.metrics`, or those that suit the task."""
     if config.evaluation.metrics is not None:
         return list(config.evaluation.metrics)
-    if isinstance(config.task, ClassificationConfig):
-        return ["accuracy", "macro_f1"]
-    if isinstance(config.task, CausalConfig) and config.task.text is not None:
-        return ["perplexity"]
-    return ["rouge"]
+    return config.task.usual_scores
 
 
 def check_device(config: Config, world: World) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
-from shardtune.assemble.parts import is_chat
 from shardtune.config import Config
 from shardtune.errors import ConfigError
 from shardtune.tuning_config import PrefixConfig, VirtualTokensSection
@@ -13,13 +12,12 @@ from shardtune.tuning_config import PrefixConfig, VirtualTokensSection
 def longest_row(config: Config) -> int:
     """Tokens that one row of the model may have for one example, virtual ones included: those of a prefix stand in the
     decoder of two stacks, others in its encoder."""
-    source, target = config.task.max_source_tokens, getattr(config.task, "max_target_tokens", 0)
-    if isinstance(config.tuning, PrefixConfig) and config.task.kind == "seq2seq":
-        target += config.tuning.virtual_tokens
+    first, *others = config.task.longest_rows
+    if isinstance(config.tuning, PrefixConfig) and others:
+        others[-1] += config.tuning.virtual_tokens
     elif isinstance(config.tuning, VirtualTokensSection):
-        source += config.tuning.virtual_tokens
-    together = config.task.kind == "causal" and getattr(config.task, "text", None) is None and not is_chat(config.task)
-    return source + target if together else max(source, target)
+        first += config.tuning.virtual_tokens
+    return max([first, *others])
 
 
 def micro_batch_rows(config: Config) -> int:

@@ -52,7 +52,7 @@ def _lengths(config: Config, prepared: Prepared) -> Iterator[list[str]]:
     """A row for sources and one for targets of each split."""
     for name, tokens in prepared.tables.items():
         columns = [("source", tokens.source_cut), ("target", tokens.target_cut)]
-        for column, (what, cut) in enumerate(columns[: 1 if config.task.kind == "classification" else 2]):
+        for column, (what, cut) in enumerate(columns[: 1 + any(1 in row for row in config.task.rows)]):
             lengths = tokens.lengths[:, column]
             if len(lengths):
                 points = [f"{round(point):,}" for point in np.percentile(lengths, [50, 90, 99, 100])]
@@ -69,16 +69,14 @@ def _padding(config: Config, prepared: Prepared, ranks: int) -> Iterator[tuple[s
         cursor += len(steps[-1])
     used = sum(int(_rows(config, lengths).sum()) for lengths in steps)
     for name, batching in BATCHINGS.items():
-        if name == "packed" and config.task.kind == "classification":
+        if name == "packed" and not config.task.packs:
             continue
         yield name, 1 - used / sum(_slots(config, lengths, batching(), ranks) for lengths in steps)
 
 
 def _rows(config: Config, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     """[n, rows]: the lengths of what is padded on its own: source and target, both in one row, or the source alone."""
-    if config.task.kind == "seq2seq":
-        return lengths
-    return lengths[:, :1] if config.task.kind == "classification" else lengths.sum(axis=1, keepdims=True)
+    return np.stack([lengths[:, list(row)].sum(axis=1) for row in config.task.rows], axis=1)
 
 
 def _slots(config: Config, lengths: NDArray[np.int64], batching: Batching, ranks: int) -> int:

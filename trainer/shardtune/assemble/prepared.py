@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from shardtune.assemble.device_padding import device_padding
 from shardtune.assemble.parts import (
     is_chat,
-    make_task,
     saved_labels,
 )
 from shardtune.assemble.positions import check_positions
@@ -27,6 +25,7 @@ from shardtune.model.skeleton import load_architecture, set_dropout
 from shardtune.model.tokenizer import fit_config, identity, load_tokenizer, save_tokenizer, train_tokenizer
 from shardtune.protocols import Task, Text
 from shardtune.task.chat_template import set_template
+from shardtune.task.section import Parts
 from shardtune.world import World
 
 ENCODED_AT_ONCE = 4096
@@ -53,8 +52,8 @@ def prepare(config: Config, world: World, corpus: Corpus | None, result: Path | 
 
     With a `result`'s folder its tokenizer and labels are used, whatever the data would give today.
     """
-    task_kind, trust = config.task.kind, config.model.trust_remote_code
-    architecture = load_architecture(config.model.path, task_kind, trust)
+    trust = config.model.trust_remote_code
+    architecture = load_architecture(config.model.path, config.task.head, trust)
     if config.model.dropout is not None:
         set_dropout(architecture, config.model.dropout)
     given = config.model.tokenizer
@@ -68,15 +67,15 @@ def prepare(config: Config, world: World, corpus: Corpus | None, result: Path | 
     tokenizer = load_tokenizer(source, side, trust)
     fit_config(architecture, tokenizer, newly_trained)
     labels: list[str] = []
-    if task_kind == "classification":
+    if config.task.fields.labels_of is not None:
         labels = saved_labels(result) if result is not None else world.first_does("labels", lambda: _labels(corpus))
-        name_labels(architecture, labels)
+    config.task.fit(architecture, labels)
     check_positions(config, architecture)
     if is_chat(config.task) and result is None:  # a result's tokenizer has the template
         set_template(tokenizer, getattr(config.task, "template", None))
     fused = config.kernels.fused
     lay_out = device_padding(world.device) if fused == "auto" or "padding" in fused else None
-    task = make_task(config.task, config.model.path, tokenizer, architecture, labels, lay_out)
+    task = config.task.make(Parts(tokenizer, architecture, config.model.path, labels, lay_out))
     folders = world.first_does("tables", lambda: _tokenize(config, task, tokenizer, labels, corpus))
     counts = world.first_does(
         "sources", lambda: {"train": corpus.train_counts, **corpus.judged_counts} if corpus is not None else {}
@@ -104,21 +103,14 @@ def keep_tokenizer(prepared: Prepared, folder: Path) -> None:
         raise StorageError(f"{folder}: cannot be written: {error.strerror or error}") from error
 
 
-def name_labels(architecture: PreTrainedConfig, labels: Sequence[str]) -> None:
-    """Gives the model a head of one output for each label, by their names."""
-    architecture.num_labels = len(labels)
-    architecture.id2label = dict(enumerate(labels))
-    architecture.label2id = {label: index for index, label in enumerate(labels)}
-
-
-def evaluated_splits(prepared: Prepared, limit: int) -> list[Split]:
-    """Validation and test, those of them that have examples."""
+def evaluated_splits(prepared: Prepared, limit: int | None) -> list[Split]:
+    """Validation and test, those of them that have examples, and of these the first `limit`; None: all."""
     found = []
     for name in ("validation", "test"):
         table = prepared.tables.get(name)
         if table is not None and len(table):
             texts = prepared.corpus.judged[name] if prepared.corpus is not None else []
-            found.append(Split(name, table, min(len(table), limit), texts))
+            found.append(Split(name, table, min(len(table), limit or len(table)), texts))
     return found
 
 
@@ -126,14 +118,14 @@ def _trained_tokenizer(config: Config, corpus: Corpus | None) -> str:
     assert corpus is not None
     assert config.model.tokenizer is not None
     pieces = int(config.model.tokenizer.removeprefix("train:"))
-    key = fingerprint("tokenizer", 1, corpus.fingerprint, pieces, config.task.kind)
+    key = fingerprint("tokenizer", 1, corpus.fingerprint, pieces, config.task.head)
     folder = cache_folder() / "tokenizers" / key
     trained = folder / "tokenizer.json"
     if not trained.exists():
         parts = contents if is_chat(config.task) else lambda source, target: [source, target]
         texts = [text for example in corpus.splits().train for text in parts(example.source, example.target)]
         with published(folder, "the tokenizer", trained.exists) as made:
-            train_tokenizer(texts, pieces, config.task.kind, made)
+            train_tokenizer(texts, pieces, config.task.head, made)
     return str(folder)
 
 
@@ -150,7 +142,7 @@ def _tokenize(
 ) -> dict[str, str]:
     """Token tables of all splits, from the cache where they are there. Split -> folder."""
     assert corpus is not None
-    settings = config.task.model_dump(include={"kind", "max_source_tokens", "max_target_tokens", "text"})
+    settings = config.task.model_dump(exclude={"prompt", "template"})
     if is_chat(config.task):  # the template's text, for a file can change under its name; tools are in the sources
         settings["chat_template"] = tokenizer.chat_template
     folders = {}

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from shardtune.config import Config, DataConfig, DurationConfig
 from shardtune.config_file import flat
 from shardtune.errors import CheckpointError
+from shardtune.task.registry import SECTIONS
 from shardtune.tuning_config import AdaloraConfig
 
 UNSAID = frozenset({"name", "runs", "checkpoint.resume"})
@@ -66,15 +67,10 @@ _SHAPING = (
     "method", "rank", "initial_rank", "alpha", "targets", "feedforward", "factor", "block_size", "virtual_tokens",
     "projection", "hidden_size", "encoder", "layers", "embeddings", "patterns", "placement", "size", "activation",
 )  # fmt: skip
-_TASK = (
-    "kind", "prompt", "source", "target", "text", "messages", "tools", "template", "label", "max_source_tokens",
-    "max_target_tokens", "truncation_side",
-)  # fmt: skip
-
 FIXED: Mapping[str, str] = {
     **_BEGUN,
     **{f"tuning.{key}": _TRAINED for key in _SHAPING},
-    **{f"task.{key}": _EXAMPLES for key in _TASK},
+    **{f"task.{key}": _EXAMPLES for section in SECTIONS.values() for key in section.model_fields},
 }
 """Keys whose change makes what was saved meaningless, and why; a few of them only in some cases: see `_reason`."""
 

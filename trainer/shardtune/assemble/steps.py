@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from shardtune.assemble.data import make_fields, make_mixture
+from shardtune.assemble.data import fields_of, make_mixture
 from shardtune.assemble.parts import BATCHINGS, make_budget
 from shardtune.config import Config, SourceConfig
 from shardtune.data.order import Order, Portion, TokenLimit
@@ -56,7 +56,7 @@ def make_stream(config: Config, task: Task) -> Stream:
     data = config.data
     divided = data.validation is None and data.test is None
     return Stream(
-        [source.path for source in data.sources], make_mixture(config), make_fields(config.task),
+        [source.path for source in data.sources], make_mixture(config), fields_of(config),
         data.splits if divided else None, task.encode, data.shuffle_buffer if data.shuffle else None, config.seed,
     )  # fmt: skip
 

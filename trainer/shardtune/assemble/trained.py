@@ -13,10 +13,10 @@ import torch
 from transformers import PreTrainedModel
 
 from shardtune.assemble.loading import load_result
-from shardtune.assemble.parts import DTYPES, judged_at_once, make_task, metric_names, of_tasks, saved_labels
+from shardtune.assemble.parts import DTYPES, judged_at_once, metric_names, of_tasks, saved_labels
 from shardtune.assemble.prepared import evaluated_splits, prepare
 from shardtune.assemble.quiet import quiet_libraries
-from shardtune.config import ClassificationConfig, Config
+from shardtune.config import Config
 from shardtune.data.corpus import Corpus
 from shardtune.errors import ConfigError
 from shardtune.evaluation import Evaluator
@@ -24,6 +24,7 @@ from shardtune.model.skeleton import load_architecture
 from shardtune.model.tokenizer import load_tokenizer
 from shardtune.protocols import Generation, Text, Tokens
 from shardtune.strategy.replicated import Replicated
+from shardtune.task.section import Parts
 from shardtune.text_table import table
 from shardtune.world import join_world
 
@@ -65,8 +66,8 @@ def evaluate(config: Config, corpus: Corpus, folder: Path, split_name: str, labe
 def _check_fits(config: Config, folder: Path) -> None:
     """Raises ConfigError where the result in `folder` is that of another task."""
     if (folder / "config.json").exists():
-        load_architecture(str(folder), config.task.kind, config.model.trust_remote_code)
-    is_classifier, wants_classifier = bool(saved_labels(folder)), isinstance(config.task, ClassificationConfig)
+        load_architecture(str(folder), config.task.head, config.model.trust_remote_code)
+    is_classifier, wants_classifier = bool(saved_labels(folder)), config.task.fields.labels_of is not None
     if is_classifier != wants_classifier:
         kinds = {True: "a classifier", False: "no classifier"}
         raise ConfigError(
@@ -85,9 +86,9 @@ def generate(config: Config, folder: Path, sources: Sequence[str], as_json: bool
         model.to(device).eval()
         labels = saved_labels(folder)
         base = cast(PreTrainedModel, model)
-        task = of_tasks(config, make_task(config.task, config.model.path, tokenizer, base.config, labels))
+        task = of_tasks(config, config.task.make(Parts(tokenizer, base.config, config.model.path, labels)))
         how = Generation(config.evaluation.max_new_tokens, config.evaluation.beams, in_step=False)
-        target = labels[0] if isinstance(config.task, ClassificationConfig) else ""
+        target = labels[0] if labels else ""
         for start in range(0, len(sources), GENERATED_AT_ONCE):
             some = sources[start : start + GENERATED_AT_ONCE]
             encoded = task.encode([Text("command line", source, target) for source in some])

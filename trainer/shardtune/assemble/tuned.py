@@ -59,7 +59,7 @@ def tuned_model(config: Config, world: World, prepared: Prepared, saved: Saved |
     Raises ConfigError where the method does not fit the model.
     """
     sources = [source.path for source in config.data.sources]
-    tuning = make_tuning(config.tuning, config.task.kind, prepared.tokenizer, sources, config.seed)
+    tuning = make_tuning(config.tuning, config.task.head, prepared.tokenizer, sources, config.seed)
     build = functools.partial(make_skeleton, config, prepared, config.model.path, config.model.weights == "pretrained")
     if saved is not None:
         tuning.recall(saved)
@@ -83,7 +83,7 @@ def tuned_model(config: Config, world: World, prepared: Prepared, saved: Saved |
         )
     if tuning.quantization is not None:
         quantize_layers(
-            skeleton.model, config.task.kind, skeleton.recorder, tuning.quantization, dtype, config.model.path
+            skeleton.model, config.task.head, skeleton.recorder, tuning.quantization, dtype, config.model.path
         )
     with skeleton.recorder:
         model = tuning.apply(skeleton.model)
@@ -120,7 +120,7 @@ def make_skeleton(config: Config, prepared: Prepared, path: str, pretrained: boo
     """The model on the meta device."""
     model = config.model
     skeleton = build_skeleton(
-        prepared.architecture, path, config.task.kind, pretrained,
+        prepared.architecture, path, config.task.head, pretrained,
         "auto" if model.attention == "fused" else model.attention, model.layers,
         model.trust_remote_code,
     )  # fmt: skip

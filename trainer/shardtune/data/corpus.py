@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from shardtune.data.publishing import published
-from shardtune.data.splits import Splits
+from shardtune.data.splits import LabelsOf, Splits, labels_in
 from shardtune.data.tables import cache_folder
 from shardtune.errors import DataError
 from shardtune.protocols import Text
 
-VERSION = 3
+VERSION = 4
 """Of what is remembered, and of how texts are read: a change of either needs another number."""
 JUDGED = ("validation", "test")
 
@@ -54,12 +54,14 @@ class Corpus:
         return splits
 
 
-def load_corpus(key: Callable[[], str | None], read: Callable[[], Splits], labels: bool, judged: int) -> Corpus:
+def load_corpus(
+    key: Callable[[], str | None], read: Callable[[], Splits], labels_of: LabelsOf | None, judged: int | None
+) -> Corpus:
     """The corpus remembered under `key`, or else what `read` gives, which is remembered.
 
-    `key` stands for files and settings; None: nothing is remembered. `labels`: targets are class labels. `judged`: how
-    many examples of validation and test are wanted. Raises what `read` raises, and StorageError where the cache cannot
-    be written.
+    `key` stands for files and settings; None: nothing is remembered. `labels_of`: the labels that a target names.
+    `judged`: how many examples of validation and test are wanted; None: all. Raises what `read` raises, and
+    StorageError where the cache cannot be written.
     """
     before = key()
     folder = cache_folder() / "texts" / str(before)
@@ -73,7 +75,7 @@ def load_corpus(key: Callable[[], str | None], read: Callable[[], Splits], label
         "train_counts": splits.train_counts,
         "judged_counts": splits.judged_counts,
         "dropped": splits.dropped,
-        "labels": sorted({text.target for text in splits.train}) if labels else [],
+        "labels": sorted(labels_in(splits.train, labels_of)) if labels_of is not None else [],
     }
     if before is not None and key() == before:  # else a file has changed meanwhile
         _store(folder, facts, splits)
@@ -89,10 +91,15 @@ def _load(folder: Path, read: Callable[[], Splits], judged: int | None) -> Corpu
         texts = {}
         for name in JUDGED:
             with (folder / f"{name}.jsonl").open(encoding="utf-8") as file:
-                texts[name] = [Text(*json.loads(line)) for line in islice(file, judged)]
+                texts[name] = [_text(line) for line in islice(file, judged)]
         return Corpus(facts, texts, read)
     except (OSError, ValueError, LookupError, TypeError):
         return None
+
+
+def _text(line: str) -> Text:
+    place, source, target, beside = json.loads(line)
+    return Text(place, source, target, tuple(beside))
 
 
 def _store(folder: Path, facts: dict[str, Any], splits: Splits) -> None:

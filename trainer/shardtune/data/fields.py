@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from shardtune.data.kinds import kind
 from shardtune.data.messages import example, question
 from shardtune.data.sources import Row
 from shardtune.errors import ConfigError, DataError
+from shardtune.kinds import kind
 from shardtune.protocols import Text
+from shardtune.row_fields import Fields
 
 Dropped: TypeAlias = "Counter[str]"
 """How many rows were left out, by reason."""
@@ -26,36 +27,16 @@ _ABSENT = object()
 _NAMES_SHOWN = 12
 
 
-@dataclass(frozen=True)
-class Fields:
-    """Which fields of a row make an example.
-
-    Names may reach inside with dots: translation.de, answers.text.0; a field whose name itself holds the dots
-    comes first.
-    """
-
-    input: str | None
-    """The field with the source; None where `prompt` makes it."""
-    prompt: str | None
-    """Template over the fields, such as "Summarize: {document}"; {{ and }} are braces. None: see `input`."""
-    target: str | None
-    """The field with the target or the label; None where the source holds all."""
-    messages: str | None = None
-    """The field with a conversation, in place of all the others."""
-    tools: str | None = None
-    """Beside `messages`, the field with the schemas of the tools; None: there are no tools."""
-
-
-def texts(rows: Iterable[Row], fields: Fields, labels: bool, dropped: Dropped) -> Iterator[Text]:
+def texts(rows: Iterable[Row], fields: Fields, dropped: Dropped) -> Iterator[Text]:
     """The text of each row, as it stands: nothing is stripped.
 
-    Rows whose source or target is blank are left out and counted in `dropped`. With `labels` the target is a
-    class name; of a conversation see `conversations.to_text`. Numbers become their decimal form, booleans `true`
+    Rows whose source or target is blank are left out and counted in `dropped`. Of a conversation see
+    `conversations.to_text`. Numbers become their decimal form, booleans `true`
     and `false`. Raises DataError, with place and field, where a field is absent or holds no text, and ConfigError
     where the template is malformed.
     """
-    if fields.messages is not None:
-        yield from _conversations(rows, fields.messages, fields.tools, dropped)
+    if fields.messages is not None or fields.read is not None:
+        yield from _read(rows, fields, dropped)
         return
     if fields.prompt is not None:
         template = parse_template(fields.prompt)
@@ -68,11 +49,12 @@ def texts(rows: Iterable[Row], fields: Fields, labels: bool, dropped: Dropped) -
         if not any(value and not value.isspace() for _, value in parts):
             dropped[EMPTY_SOURCE] += 1
             continue
-        target = "" if fields.target is None else _text(row, fields.target, label=labels)
+        target = "" if fields.target is None else _target(row, fields.target, fields)
         if fields.target is not None and not target.strip():
             dropped[EMPTY_TARGET] += 1
             continue
-        yield Text(row.place, "".join(before + (value or "") for before, value in parts), target)
+        source = "".join(before + (value or "") for before, value in parts)
+        yield Text(row.place, source, target, _beside(row, fields.beside))
 
 
 def questions(rows: Iterable[Row], messages: str, tools: str | None) -> Iterator[str]:
@@ -84,13 +66,32 @@ def questions(rows: Iterable[Row], messages: str, tools: str | None) -> Iterator
         yield question(*_conversation(row, messages, tools))
 
 
-def _conversations(rows: Iterable[Row], messages: str, tools: str | None, dropped: Dropped) -> Iterator[Text]:
+def _read(rows: Iterable[Row], fields: Fields, dropped: Dropped) -> Iterator[Text]:
     for row in rows:
-        found = example(*_conversation(row, messages, tools))
+        if fields.messages is not None:
+            found = example(*_conversation(row, fields.messages, fields.tools))
+        else:
+            assert fields.read is not None
+            places = [f"{row.place} field `{name}`" for name in fields.parts]
+            values = [_value(row, name) for name in fields.parts]
+            found = fields.read(values, places)
         if isinstance(found, str):
             dropped[found] += 1
         else:
-            yield Text(row.place, *found)
+            yield Text(row.place, *found, _beside(row, fields.beside))
+
+
+def _beside(row: Row, names: Sequence[str]) -> tuple[str, ...]:
+    """Values that examples are told apart by; one that is no text is JSON."""
+    values = [_value(row, name) for name in names]
+    return tuple(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in values)
+
+
+def _value(row: Row, name: str) -> Any:
+    value = _reach(row.fields, name.split("."))
+    if value is _ABSENT:
+        raise DataError(f"{row.place} field `{name}`: absent; {_present(row.fields, name)}")
+    return value
 
 
 def _conversation(row: Row, messages: str, tools: str | None) -> tuple[Any, Any, str, str | None]:
@@ -132,11 +133,14 @@ def parse_template(prompt: str) -> list[tuple[str, str | None]]:
     return [*parts, (literal, None)]
 
 
+def _target(row: Row, name: str, fields: Fields) -> str:
+    if fields.read_target is not None:
+        return fields.read_target(_value(row, name), f"{row.place} field `{name}`")
+    return _text(row, name, label=fields.labels_of is not None)
+
+
 def _text(row: Row, name: str, label: bool = False) -> str:
-    value = _reach(row.fields, name.split("."))
-    where = f"{row.place} field `{name}`"
-    if value is _ABSENT:
-        raise DataError(f"{where}: absent; {_present(row.fields, name)}")
+    value, where = _value(row, name), f"{row.place} field `{name}`"
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float) and not (isinstance(value, float) and math.isnan(value)):

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from shardtune.data.kinds import kind
 from shardtune.errors import DataError
+from shardtune.kinds import kind
 
 LONGEST_COLUMN_NAME = 200
 """Characters; a longer first cell of a CSV file is data, not a column's name."""

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from shardtune.conversations import ASSISTANT, Conversation, Turn, to_text
-from shardtune.data.kinds import kind
 from shardtune.errors import DataError
+from shardtune.kinds import kind
 
 NO_ASSISTANT = "conversation without an assistant turn"
 EMPTY_REPLY = "empty assistant reply"

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import TypeAlias
 
-from shardtune.data.fields import Dropped, Fields, texts
+from shardtune.data.fields import Dropped, texts
 from shardtune.data.sources import DOCS, Row, rows
 from shardtune.errors import DataError
 from shardtune.protocols import Text
+from shardtune.row_fields import Fields
 
+LabelsOf: TypeAlias = "Callable[[str], Sequence[str]]"
+"""The labels that a target names."""
 NAMES = ("train", "validation", "test")
 DUPLICATE = "duplicate"
 UNKNOWN_LABEL = "label not in train"
@@ -46,14 +50,13 @@ def read_splits(
     test: str | None,
     shares: Sequence[float],
     fields: Fields,
-    labels: bool,
 ) -> Splits:
     """Reads all data of a run; `train` names one source or several.
 
     Where only `train` is given, its examples are divided by `shares` (of train, validation, test): a hash of
     the source decides, so adding, removing or reordering rows moves no other example, and one source never
-    stands in two splits. Otherwise the sources are used as they are, and the one not given is empty. With
-    `labels`, targets are classes, and those of train are all there are.
+    stands in two splits. Otherwise the sources are used as they are, and the one not given is empty. Where targets name
+    labels, those of train are all there are.
 
     Raises DataError where data is missing or wrong, no training example of a source is left, or a given validation or
     test source has a label that train has not; ConfigError where the prompt is malformed.
@@ -64,7 +67,7 @@ def read_splits(
     sources = [train] if isinstance(train, str) else list(train)
     for source in sources:
         dropped_before = dropped.copy()
-        found, read = _read(source, "train", fields, labels, dropped)
+        found, read = _read(source, "train", fields, dropped)
         divided = divide(found, shares) if validation is None and test is None else {"train": found}
         if not divided["train"]:
             raise DataError(_nothing_left(source, read, len(found), dropped - dropped_before))
@@ -72,13 +75,13 @@ def read_splits(
         divisions.append(divided)
         for name, examples in divided.items():
             parts[name] += examples
-    if labels and validation is None and test is None:
-        _drop_unknown_labels(", ".join(sources), parts, dropped)
+    if fields.labels_of is not None and validation is None and test is None:
+        _drop_unknown_labels(", ".join(sources), parts, fields.labels_of, dropped)
     for split, source in (("validation", validation), ("test", test)):
         if source is not None:
-            parts[split], _ = _read(source, split, fields, labels, dropped)
-            if labels:
-                _check_labels(parts, split, fields.target)
+            parts[split], _ = _read(source, split, fields, dropped)
+            if fields.labels_of is not None:
+                _check_labels(parts, split, fields.labels_of, fields.target or fields.parts[-1])
             repeated = len(parts[split]) - len(_without(parts[split], _contents(parts["train"])))
             if repeated:
                 dropped[f"{split} examples also in train"] += repeated
@@ -118,7 +121,7 @@ def split_of(example: Text, shares: Sequence[float]) -> str:
     return NAMES[next((index for index, edge in enumerate(edges) if point < edge), last)]
 
 
-def _read(source: str, split: str, fields: Fields, labels: bool, dropped: Dropped) -> tuple[list[Text], int]:
+def _read(source: str, split: str, fields: Fields, dropped: Dropped) -> tuple[list[Text], int]:
     """The examples, and how many rows they were."""
     read = 0
 
@@ -128,7 +131,7 @@ def _read(source: str, split: str, fields: Fields, labels: bool, dropped: Droppe
             read += 1
             yield row
 
-    found = list(texts(counted(), fields, labels, dropped))
+    found = list(texts(counted(), fields, dropped))
     if source == DOCS:  # users repeat rows of their own files on purpose, as a weight
         unique = list({_content(example): example for example in reversed(found)}.values())[::-1]
         if len(unique) < len(found):
@@ -137,14 +140,14 @@ def _read(source: str, split: str, fields: Fields, labels: bool, dropped: Droppe
     return found, read
 
 
-def _drop_unknown_labels(source: str, parts: dict[str, list[Text]], dropped: Dropped) -> None:
+def _drop_unknown_labels(source: str, parts: dict[str, list[Text]], labels_of: LabelsOf, dropped: Dropped) -> None:
     """A rare class may have all its examples outside train by chance, which is no fault of the data.
 
     Raises DataError where nearly every example has a label of its own: those are no classes.
     """
-    known = {example.target for example in parts["train"]}
+    known = labels_in(parts["train"], labels_of)
     for split in ("validation", "test"):
-        kept = [example for example in parts[split] if example.target in known]
+        kept = [example for example in parts[split] if known.issuperset(labels_of(example.target))]
         if parts[split] and not kept and 2 * len(known) > len(parts["train"]):
             raise DataError(
                 f"{source}: {len(parts['train'])} training examples have {len(known)} different labels, and none of "
@@ -155,16 +158,22 @@ def _drop_unknown_labels(source: str, parts: dict[str, list[Text]], dropped: Dro
         parts[split] = kept
 
 
-def _check_labels(parts: dict[str, list[Text]], split: str, field: str | None) -> None:
-    known = {example.target for example in parts["train"]}
+def _check_labels(parts: dict[str, list[Text]], split: str, labels_of: LabelsOf, field: str) -> None:
+    known = labels_in(parts["train"], labels_of)
     for example in parts[split]:
-        if example.target not in known:
-            shown = sorted(known)[:_LABELS_SHOWN]
-            more = ", …" if len(known) > len(shown) else ""
-            raise DataError(
-                f"{example.place} field `{field}`: the label {example.target!r} is not in the training data; "
-                f"known are: {', '.join(shown)}{more}"
-            )
+        for label in labels_of(example.target):
+            if label not in known:
+                shown = sorted(known)[:_LABELS_SHOWN]
+                more = ", …" if len(known) > len(shown) else ""
+                raise DataError(
+                    f"{example.place} field `{field}`: the label {label!r} is not in the training data; "
+                    f"known are: {', '.join(shown)}{more}"
+                )
+
+
+def labels_in(examples: Iterable[Text], labels_of: LabelsOf) -> set[str]:
+    """All labels that the examples' targets name."""
+    return {label for example in examples for label in labels_of(example.target)}
 
 
 def _nothing_left(source: str, read: int, kept: int, dropped: Dropped) -> str:

@@ -10,11 +10,12 @@ from typing import Generic, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from shardtune.data.fields import Dropped, Fields, texts
+from shardtune.data.fields import Dropped, texts
 from shardtune.data.sources import rows
 from shardtune.data.splits import Splits, fingerprints_of, split_of
 from shardtune.errors import DataError
 from shardtune.protocols import Encoded, Text, Tokens
+from shardtune.row_fields import Fields
 
 ENCODED_AT_ONCE = 256
 """Texts handed to the tokenizer together."""
@@ -130,7 +131,7 @@ class Stream:
         yield from self._encoded(islice(found, start, None), noted)
 
     def _texts(self, source: str, noted: Dropped) -> Iterator[Text]:
-        for text in texts(rows(source, "train", stream=True), self._fields, labels=False, dropped=noted):
+        for text in texts(rows(source, "train", stream=True), self._fields, noted):
             if self._shares is None or split_of(text, self._shares) == "train":
                 yield text
 
@@ -207,7 +208,7 @@ def read_judged(
     for split, source in given.items():
         if source is not None:
             whole = source.endswith(".json")  # which cannot be streamed, and need not be
-            parts[split] = list(islice(texts(rows(source, split, stream=not whole), fields, False, dropped), limit))
+            parts[split] = list(islice(texts(rows(source, split, stream=not whole), fields, dropped), limit))
     divided = validation is None and test is None
     wanted = {"train": 1}
     if divided:
@@ -216,7 +217,7 @@ def read_judged(
     for number, source in enumerate(train, 1):
         reached = {name: -(-many * number // len(train)) if mixed else many for name, many in wanted.items()}
         reached["train"] = begun + 1  # the first rows of every source are checked
-        for text in texts(rows(source, "train", stream=True), fields, False, dropped):
+        for text in texts(rows(source, "train", stream=True), fields, dropped):
             split = split_of(text, shares) if divided else "train"
             if len(parts[split]) < reached.get(split, 0):
                 parts[split].append(text)

@@ -17,6 +17,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from shardtune.errors import ConfigError
+from shardtune.heads import HEADS
 from shardtune.model.initialization import Recorder
 from shardtune.quantization import Quantization
 
@@ -197,7 +198,7 @@ def quantize_layers(
     (T5's `wo`); and no classification head. Raises ConfigError where there is none.
     """
     kept = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or [])]
-    if task == "classification":  # the head is trained
+    if HEADS[task].is_new:  # the head is trained
         kept += [name for name, _ in model.named_children() if name != model.base_model_prefix]
     count = 0
     for name, module in list(model.named_modules()):

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -24,22 +21,20 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto.auto_factory import _get_model_class
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
 
 from shardtune import bottleneck
 from shardtune.errors import ConfigError
+from shardtune.heads import HEADS
 from shardtune.memory import pages_of_their_own
 from shardtune.model.initialization import Recorder
 from shardtune.model.safetensors_files import Entry, open_files
 from shardtune.model.weights import InitialWeights, entries_by_parameter, find_files
 
-AUTO_CLASSES = {
-    "seq2seq": AutoModelForSeq2SeqLM,
-    "causal": AutoModelForCausalLM,
-    "classification": AutoModelForSequenceClassification,
-}
 LAYER_COUNTS = (
     "num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers",
 )  # fmt: skip
@@ -89,16 +84,16 @@ def load_architecture(path: str, task: str, trust_remote_code: bool) -> PreTrain
     kinds = _tasks_of(config)
     if task not in kinds and not trust_remote_code:
         fits = f"it fits task.kind: {' or '.join(kinds)}" if kinds else "it fits no task here"
-        families = {
-            "seq2seq": "an encoder-decoder such as t5 or bart",
-            "causal": "a decoder such as llama, qwen3, mistral or gpt2",
-            "classification": "bert, distilbert, roberta or a decoder",
-        }
         raise ConfigError(
             f"model.path {path}: a {config.model_type} model does not fit task.kind: {task}; {fits}. "
-            f"For {task} take {families[task]}"
+            f"For {task} take {HEADS[task].models}"
         )
     return config
+
+
+def auto_class(task: str) -> Any:
+    """The class of transformers that makes models for the task."""
+    return getattr(transformers, HEADS[task].auto_class)
 
 
 def _tasks_of(config: PreTrainedConfig) -> list[str]:
@@ -112,6 +107,11 @@ def _tasks_of(config: PreTrainedConfig) -> list[str]:
         tasks.append("causal")
     if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
         tasks.append("classification")
+    # An encoder-decoder's are for few models, and read a text twice.
+    if not both and kind in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES:
+        tasks.append("token_classification")
+    if not both and kind in MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES:
+        tasks.append("question_answering")
     return tasks
 
 
@@ -120,15 +120,6 @@ def _is_bidirectional(config: PreTrainedConfig) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
-
-
-def keeps_logits(config: PreTrainedConfig) -> bool:
-    """Whether the decoder of this architecture computes logits of chosen positions only, by `logits_to_keep`."""
-    mapping: Any = AutoModelForCausalLM._model_mapping
-    if type(config) not in mapping:  # code that comes with the weights
-        return False
-    chosen = mapping[type(config)]
-    return "logits_to_keep" in inspect.signature(chosen.forward).parameters
 
 
 def keep_layers(config: PreTrainedConfig, layers: list[int]) -> None:
@@ -189,7 +180,7 @@ def build_skeleton(
     try:
         # Parameters are replaced by meta ones as modules register them; buffers (rotary frequencies) keep values.
         with pages_of_their_own(), init_empty_weights(include_buffers=False), no_init_weights():
-            model: PreTrainedModel = AUTO_CLASSES[task].from_config(
+            model: PreTrainedModel = auto_class(task).from_config(
                 config, dtype=torch.float32, trust_remote_code=trust_remote_code, **arguments
             )
     except (ValueError, ImportError) as error:
@@ -210,7 +201,7 @@ def build_skeleton(
         folder = weights_folder(path)
         entries = entries_by_parameter(model, open_files(find_files(folder)), layers, str(folder))
         _keep_apart(model, own, entries)
-        if task == "classification":
+        if HEADS[task].is_new:
             _drop_other_heads(model, entries)
         with contextlib.suppress(OSError, ValueError):  # absent in many folders
             model.generation_config = GenerationConfig.from_pretrained(path)
@@ -219,7 +210,7 @@ def build_skeleton(
     missing = [name for name, _ in model.named_parameters() if name not in entries] if pretrained else []
     # A classifier may come without a head, and an encoder without the pooling layer that only heads use.
     base = model.base_model_prefix + "."
-    lacking = [n for n in missing if task != "classification" or (n.startswith(base) and "pooler" not in n)]
+    lacking = [n for n in missing if not HEADS[task].is_new or (n.startswith(base) and "pooler" not in n)]
     if lacking:
         raise ConfigError(
             f"model.path {path}: its files lack {len(lacking)} of the model's parameters, such as {lacking[0]}"
@@ -229,7 +220,7 @@ def build_skeleton(
 
 def load_model(folder: str, task: str, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a folder as transformers loads it, with the adapters that it may have."""
-    kind = AUTO_CLASSES[task]
+    kind = auto_class(task)
     config = AutoConfig.from_pretrained(folder)
     if not hasattr(config, bottleneck.SETTINGS):
         return kind.from_pretrained(folder, dtype=dtype)

@@ -120,14 +120,3 @@ def fit_config(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, new
 def _first(token_id: int | list[int] | None) -> int | None:
     """Some configs list several end tokens."""
     return token_id[0] if isinstance(token_id, list) else token_id
-
-
-def decoder_start(config: PreTrainedConfig, path: str) -> int:
-    """The token that an encoder-decoder begins to write after.
-
-    Raises ConfigError where the config does not say.
-    """
-    start = getattr(config, "decoder_start_token_id", None)
-    if start is None:
-        raise ConfigError(f"model.path {path}: its config has no decoder_start_token_id, so it cannot learn to write")
-    return start

@@ -2,31 +2,98 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from shardtune.protocols import Batch, Encoded, Generation, Task, Text, Tokens
+from shardtune.row_fields import Fields
+from shardtune.section import Positive
+from shardtune.task.section import WRITTEN, Parts, TaskSection
 
-from shardtune.documents import make_documents, read
-from shardtune.head_loss import summed_loss
-from shardtune.protocols import Batch, Encoded, Generation, Text, Tokens
-from shardtune.ragged import LayOut
-from shardtune.task.tokens import (
-    NO_LABELS,
-    PADDED,
-    READ,
-    generate,
-    laid_out,
-    learned_places,
-    mask,
-    pad,
-    stream,
-    sum_of_cross_entropies,
-    tokenize,
-)
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedTokenizerBase
+
+    from shardtune.ragged import LayOut
+
+
+class Config(TaskSection):
+    """A decoder continues the source with the target (loss on the target), a text (loss on all), or answers in
+    conversations (loss on the assistant's turns)."""
+
+    kind: Literal["causal"]
+    """What the model learns to do."""
+    source: str | None = None
+    """Field with the text to continue."""
+    target: str | None = None
+    """Field with the continuation; the loss is on it and its end token."""
+    text: str | None = None
+    """Field with a whole text, instead of source and target; the loss is on all of it."""
+    messages: str | None = None
+    """Field with a conversation, instead of source and target: a list of messages with role and content (or ShareGPT's
+    from and value). It is written with a chat template, and the loss is on the assistant's turns."""
+    tools: str | None = None
+    """Beside `messages`: field with the schemas of the tools that the assistant may call, a list or JSON of one."""
+    template: str | None = None
+    """Chat template of `messages`; null: the tokenizer's own; or chatml, llama3, plain, or a path ending in .jinja."""
+    max_target_tokens: Positive = 128
+    """Longest target, in tokens, its end token included (a `text`, and `messages`, are bounded by
+    max_source_tokens)."""
+
+    head: ClassVar[str] = "causal"
+    scores: ClassVar[tuple[str, ...]] = WRITTEN
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """A source, a whole text, or a conversation."""
+        return ("source", "text", "messages")
+
+    @property
+    def fields(self) -> Fields:
+        """One of the three."""
+        return Fields(self.text or self.source, self.prompt, self.target, self.messages, self.tools)
+
+    @property
+    def usual_scores(self) -> list[str]:
+        """Of a text there is nothing to compare."""
+        return ["perplexity"] if self.text is not None else ["rouge"]
+
+    @property
+    def rows(self) -> tuple[tuple[int, ...], ...]:
+        """Source and target are one row."""
+        return ((0, 1),)
+
+    @property
+    def longest_rows(self) -> tuple[int, ...]:
+        """A whole text and a conversation are limited as sources are."""
+        both = self.target is not None
+        return (self.max_source_tokens + self.max_target_tokens * both,)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """What goes with which input."""
+        yield from super().problems()
+        if self.text is not None and self.target is not None:
+            yield "task.target", "task.text already holds the whole text; leave task.target out"
+        if self.messages is not None and self.target is not None:
+            yield "task.target", "task.messages already holds the assistant's turns; leave task.target out"
+        if self.text is None and self.messages is None and self.target is None:
+            yield "task", "task.target is missing (or give task.text: the loss is then on all of it)"
+        for key in ("tools", "template"):
+            if self.messages is None and getattr(self, key) is not None:
+                yield f"task.{key}", "only with task.messages"
+        if self.messages is not None and self.max_source_tokens < 2:
+            yield "task.max_source_tokens", "a conversation needs at least 2 tokens, one to read and one to learn"
+
+    def make(self, parts: Parts) -> Task:
+        """The task itself."""
+        from shardtune.task.architecture import keeps_logits
+        from shardtune.task.chat import Chat
+
+        keeps = keeps_logits(parts.architecture)
+        if self.messages is not None:
+            return Chat(parts.tokenizer, self.max_source_tokens, keeps, parts.lay_out)
+        limits = self.max_source_tokens, self.max_target_tokens
+        return Causal(parts.tokenizer, *limits, self.text is not None, keeps, parts.lay_out)
 
 
 class Causal:
@@ -57,6 +124,8 @@ class Causal:
 
     def encode(self, texts: Sequence[Text]) -> list[Encoded]:
         """Begin token (where the tokenizer has one), source, target, end token."""
+        from shardtune.task.tokens import tokenize
+
         if not texts:
             return []
         end = self._tokenizer.eos_token_id
@@ -88,6 +157,12 @@ class Causal:
         Labels are the tokens that the columns `logits_to_keep` are to predict, the next ones: the columns from the
         first target's on, or, packed, just those that predict a target.
         """
+        import numpy as np
+        import torch
+
+        from shardtune.documents import make_documents
+        from shardtune.task.tokens import NO_LABELS, PADDED, READ, laid_out, learned_places, stream
+
         rows, first = [np.concatenate((e.source, e.target)) for e in examples], [len(e.source) for e in examples]
         pad_id, width = self._tokenizer.pad_token_id, max(len(row) for row in rows)
         kept = slice(min(first) - 1, width - 1)
@@ -108,6 +183,10 @@ class Causal:
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         """Summed cross entropy of the target tokens, each predicted at the position before it."""
+        from shardtune.documents import read
+        from shardtune.head_loss import summed_loss
+        from shardtune.task.tokens import sum_of_cross_entropies
+
         read(batch.documents)
         if self._keeps_logits:
             return summed_loss(model, batch.inputs, batch.labels, sum_of_cross_entropies)
@@ -117,6 +196,8 @@ class Causal:
 
     def predict(self, model: nn.Module, examples: Sequence[Tokens], how: Generation) -> list[str]:
         """Generated continuations, without special tokens; sources are padded on the left."""
+        from shardtune.task.tokens import generate, mask, pad
+
         sources = [e.source for e in examples]
         pad_id, end = self._tokenizer.pad_token_id, self._tokenizer.eos_token_id
         prompt = pad(sources, pad_id, left=True)

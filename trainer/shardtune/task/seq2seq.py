@@ -3,28 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import numpy as np
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
-
-from shardtune.documents import make_documents, read
-from shardtune.head_loss import summed_loss
 from shardtune.protocols import Batch, Encoded, Generation, Text, Tokens
-from shardtune.ragged import LayOut
-from shardtune.task.tokens import (
-    NO_LABELS,
-    PADDED,
-    READ,
-    generate,
-    laid_out,
-    mask,
-    pad,
-    stream,
-    sum_of_cross_entropies,
-    tokenize,
-)
+from shardtune.row_fields import Fields
+from shardtune.section import Positive
+from shardtune.task.section import WRITTEN, Parts, TaskSection
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedTokenizerBase
+
+    from shardtune.ragged import LayOut
+
+
+class Config(TaskSection):
+    """An encoder-decoder reads the source and writes the target."""
+
+    kind: Literal["seq2seq"]
+    """What the model learns to do."""
+    source: str | None = None
+    """Field with the input text; dots reach inside: translation.de, answers.text.0."""
+    target: str
+    """Field with the text to write."""
+    max_target_tokens: Positive = 128
+    """Longest target, in tokens, its end token included."""
+
+    head: ClassVar[str] = "seq2seq"
+    scores: ClassVar[tuple[str, ...]] = WRITTEN
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """One field."""
+        return ("source",)
+
+    @property
+    def fields(self) -> Fields:
+        """Source and target."""
+        return Fields(input=self.source, prompt=self.prompt, target=self.target)
+
+    @property
+    def usual_scores(self) -> list[str]:
+        """Those of summaries."""
+        return ["rouge"]
+
+    @property
+    def rows(self) -> tuple[tuple[int, ...], ...]:
+        """One in the encoder, one in the decoder."""
+        return ((0,), (1,))
+
+    @property
+    def longest_rows(self) -> tuple[int, ...]:
+        """As limited."""
+        return (self.max_source_tokens, self.max_target_tokens)
+
+    def make(self, parts: Parts) -> Seq2Seq:
+        """The task itself."""
+        from shardtune.task.architecture import decoder_start
+
+        start = decoder_start(parts.architecture, parts.path)
+        return Seq2Seq(parts.tokenizer, self.max_source_tokens, self.max_target_tokens, start, parts.lay_out)
 
 
 class Seq2Seq:
@@ -48,6 +86,8 @@ class Seq2Seq:
 
     def encode(self, texts: Sequence[Text]) -> list[Encoded]:
         """Source and target each as the tokenizer writes them, targets always with their end token."""
+        from shardtune.task.tokens import tokenize
+
         end = self._tokenizer.eos_token_id
         sources = tokenize(self._tokenizer, [text.source for text in texts], self._limits[0])
         encoded = []
@@ -64,6 +104,11 @@ class Seq2Seq:
 
     def collate(self, examples: Sequence[Tokens], packed: bool = False) -> Batch:
         """Sources [b, s], targets [b, t], and as decoder input the targets shifted right [b, t]; right-padded."""
+        import numpy as np
+
+        from shardtune.documents import make_documents
+        from shardtune.task.tokens import NO_LABELS, PADDED, READ, laid_out, stream
+
         pad_id = self._tokenizer.pad_token_id
         source = stream([e.source for e in examples], pad_id, packed, READ if packed else PADDED)
         target = stream(
@@ -82,11 +127,17 @@ class Seq2Seq:
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         """Summed cross entropy of the target tokens."""
+        from shardtune.documents import read
+        from shardtune.head_loss import summed_loss
+        from shardtune.task.tokens import sum_of_cross_entropies
+
         read(batch.documents)
         return summed_loss(model, batch.inputs, batch.labels, sum_of_cross_entropies)
 
     def predict(self, model: nn.Module, examples: Sequence[Tokens], how: Generation) -> list[str]:
         """Generated texts, without special tokens."""
+        from shardtune.task.tokens import generate, mask, pad
+
         sources = [e.source for e in examples]
         pad_id, end = self._tokenizer.pad_token_id, self._tokenizer.eos_token_id
         written = generate(model, pad(sources, pad_id), mask(sources), how, pad_id, end)  # pyright: ignore

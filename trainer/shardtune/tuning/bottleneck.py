@@ -13,15 +13,10 @@ from transformers.pytorch_utils import Conv1D
 
 from shardtune import bottleneck
 from shardtune.errors import ConfigError
+from shardtune.heads import HEADS
 from shardtune.layers import layer_names
 from shardtune.tuning.method import Method
 from shardtune.tuning.targets import ATTENTION, describe, head
-
-AUTO_NAMES = {
-    "seq2seq": "AutoModelForSeq2SeqLM",
-    "causal": "AutoModelForCausalLM",
-    "classification": "AutoModelForSequenceClassification",
-}
 
 
 class BottleneckAdapters(Method):
@@ -60,7 +55,7 @@ class BottleneckAdapters(Method):
             _check_same(present, settings)
         setattr(model.config, bottleneck.SETTINGS, settings)
         file = Path(bottleneck.__file__).stem
-        model.config.auto_map = {AUTO_NAMES[self._task]: f"{file}.{bottleneck.PREFIX}{name}"}
+        model.config.auto_map = {HEADS[self._task].auto_class: f"{file}.{bottleneck.PREFIX}{name}"}
         for module in model.modules():
             if isinstance(module, bottleneck.Bottleneck):
                 module.requires_grad_(True)

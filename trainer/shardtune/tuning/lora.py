@@ -10,9 +10,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from shardtune.heads import HEADS
 from shardtune.quantization import Quantization
 from shardtune.tuning.method import Method
-from shardtune.tuning.targets import PEFT_TASKS, describe, head, matching
+from shardtune.tuning.targets import describe, head, matching
 
 
 class Lora(Method):
@@ -61,7 +62,7 @@ class Lora(Method):
             target_modules=matched,
             fan_in_fan_out=any(isinstance(m, Conv1D) for n, m in model.named_modules() if n in set(matched)),
             use_rslora=self._rank_stabilized,
-            task_type=PEFT_TASKS[self._task],
+            task_type=HEADS[self._task].peft_task,
             modules_to_save=head(model, self._task),
             **self.options(),
         )

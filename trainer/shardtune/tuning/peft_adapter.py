@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from shardtune.errors import ConfigError
+from shardtune.heads import HEADS
 from shardtune.tuning.method import Method
-from shardtune.tuning.targets import PEFT_TASKS, describe, head, matching
+from shardtune.tuning.targets import describe, head, matching
 
 if TYPE_CHECKING:  # peft takes seconds to import
     from peft import PeftConfig, PeftModel
@@ -43,7 +44,7 @@ class PeftAdapter(Method, ABC):
 
         assert isinstance(model, PreTrainedModel)
         config = self.peft_config(model)
-        config.task_type = PEFT_TASKS[self._task]
+        config.task_type = HEADS[self._task].peft_task
         config.modules_to_save = head(model, self._task)  # pyright: ignore[reportAttributeAccessIssue]
         wrapped = get_peft_model(model, config, low_cpu_mem_usage=True)
         assert isinstance(wrapped, PeftModel)

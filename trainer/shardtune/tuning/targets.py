@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from shardtune.errors import ConfigError
+from shardtune.heads import HEADS
 from shardtune.layers import layer_names
 
-PEFT_TASKS = {"seq2seq": "SEQ_2_SEQ_LM", "causal": "CAUSAL_LM", "classification": "SEQ_CLS"}
 ATTENTION = re.compile(r"att(entio)?n", re.IGNORECASE)
 """Found in the names of attention modules of all architectures: self_attn, SelfAttention, attention.output, attn."""
 
@@ -33,9 +33,9 @@ def matching(model: PreTrainedModel, task: str, targets: str | Sequence[str], ea
     candidates = [
         name
         for name in linear
-        if model.get_submodule(name) is not output and (task != "classification" or name.startswith(base))
+        if model.get_submodule(name) is not output and (not HEADS[task].is_new or name.startswith(base))
     ]
-    named = candidates if task == "classification" else linear  # an output layer can be asked for, by its name
+    named = candidates if HEADS[task].is_new else linear  # an output layer can be asked for, by its name
     layers = tuple(f"{name}." for name in layer_names(model))
     inside = [name for name in candidates if name.startswith(layers)]
     if targets == "all-linear":
@@ -68,7 +68,7 @@ def matching(model: PreTrainedModel, task: str, targets: str | Sequence[str], ea
 def head(model: PreTrainedModel, task: str) -> list[str] | None:
     """What stands beside the base model of a classifier and is trained in full; PEFT by itself knows only some of the
     names that heads have."""
-    if task != "classification":
+    if not HEADS[task].is_new:
         return None
     beside = [(name, child) for name, child in model.named_children() if name != model.base_model_prefix]
     return [name for name, child in beside if any(True for _ in child.parameters())]

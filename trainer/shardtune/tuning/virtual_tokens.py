@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shardtune.errors import ConfigError
+from shardtune.heads import HEADS
 from shardtune.protocols import Adapter, Weights
 from shardtune.tuning.front import put_in_front
 from shardtune.tuning.method import Method, heads_of, settings_of
-from shardtune.tuning.targets import PEFT_TASKS, head
+from shardtune.tuning.targets import head
 from shardtune.world import World
 
 if TYPE_CHECKING:  # takes seconds to import
@@ -65,7 +66,7 @@ class VirtualTokens(Method):
             # PEFT looks for these under some of the names that architectures have for them.
             "token_dim": config.hidden_size,
             "num_attention_heads": config.num_attention_heads,
-            "task_type": PEFT_TASKS[self._task],
+            "task_type": HEADS[self._task].peft_task,
             "num_virtual_tokens": self._count,
             # PEFT's default for two stacks is 2, but only multitask prompts and prefixes have something for the second.
             "num_transformer_submodules": 1,
