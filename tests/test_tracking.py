@@ -14,9 +14,11 @@ import torch
 
 from shardtune import progress as progress_module
 from shardtune.errors import StorageError
-from shardtune.evaluation import Split
+from shardtune.evaluation import Judged, Split
+from shardtune.judging import Judge
 from shardtune.loop import StepReport
 from shardtune.progress import Progress, duration
+from shardtune.records import Records
 from shardtune.reporting import Reporter
 from shardtune.state import TrainingState
 from shardtune.text_table import table
@@ -235,22 +237,24 @@ def test_a_terminal_of_no_size_gets_plain_lines(rows: int, columns: int) -> None
 
 def test_the_last_step_is_logged_and_judged_once_where_it_was_not_known(tmp_path: Path) -> None:
     class Evaluator:
-        def run(self, step: int, split: Split, advance: Any) -> tuple[dict[str, float], list[Any]]:
-            return {"loss": step / 2}, []
+        def run(self, step: int, split: Split, advance: Any) -> Judged:
+            return Judged({"loss": step / 2}, [])
 
     state, alone = TrainingState(seconds=60.0), World(0, 1, 0, torch.device("cpu"))
     nothing: Any = None
     splits = [Split(name, nothing, 5, []) for name in ("validation", "test")]
     judges: Any = Evaluator()
-    reporter = Reporter(
-        tmp_path, alone, state, None, lambda epoch: 100, 4, 3, False, judges, splits, {}, limit=120.0
-    )  # fmt: skip
-    reporter.evaluate()
-    for step in range(1, 7):
-        state.step = step
-        reporter.after_step(StepReport(1 / step, 0.5, 1e-3, 10 * step, 0.25, 2.0, 0.5 * step))
-    reporter.after_training()
-    reporter.close()
+    progress = Progress(None, 0, False, 4, limit=120.0)
+    with Records(tmp_path, alone, []) as records:
+        reporter = Reporter(records, progress, alone.device, state, None, lambda epoch: 100, 4)
+        judge = Judge(judges, splits, records, progress, state, None, 3)
+        judge.before_training()
+        for step in range(1, 7):
+            state.step = step
+            reporter.after_step(StepReport(1 / step, 0.5, 1e-3, 10 * step, 0.25, 2.0, 0.5 * step))
+            judge.where_due()
+        reporter.after_training()
+        judge.after_training()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     logged = [(line["step"], line["data_seconds"], line["tokens_per_second"]) for line in lines if "lr" in line]
     assert logged == [(1, 0.5, 5.0), (4, 1.5, 15.0), (6, 2.75, 27.5)]
@@ -259,12 +263,9 @@ def test_the_last_step_is_logged_and_judged_once_where_it_was_not_known(tmp_path
 
 
 def test_what_ends_a_run_is_said_not_what_closing_says_then(tmp_path: Path) -> None:
-    nothing: Any = None
-
     def end_with(error: Exception | None) -> None:
         alone = World(0, 1, 0, torch.device("cpu"))
-        with Reporter(tmp_path, alone, TrainingState(), 4, lambda epoch: 100, 4, 3, False, nothing, [], {}) as reporter:
-            reporter._trackers.append(Full())
+        with Records(tmp_path, alone, [Full()]):
             if error is not None:
                 raise error
 

@@ -36,6 +36,15 @@ class Prediction(NamedTuple):
     prediction: str
 
 
+class Judged(NamedTuple):
+    """What the judgement of a split gave."""
+
+    scores: dict[str, float]
+    """The loss and the metrics, on every rank."""
+    predictions: list[Prediction]
+    """In the split's order, on the first rank; empty elsewhere, and where the task writes none."""
+
+
 class Evaluator:
     """Spreads a split over all ranks, each example once, whatever their number.
 
@@ -65,10 +74,8 @@ class Evaluator:
         self._folder = folder
         self._told_to_stop = told_to_stop
 
-    def run(
-        self, step: int | str, split: Split, advance: Callable[[int], None]
-    ) -> tuple[dict[str, float], list[Prediction]] | None:
-        """The loss and the metrics, and the predictions in the split's order; both empty but on the first rank.
+    def run(self, step: int | str, split: Split, advance: Callable[[int], None]) -> Judged | None:
+        """Judges the split; the first rank writes the predictions, by the name of `step`.
 
         `advance` is told how many examples (of all ranks) were judged. None, on every rank: one was told to stop
         meanwhile, and nothing is written.
@@ -97,16 +104,20 @@ class Evaluator:
             return None
         loss_sum, targets = self._world.sum([loss_sum, targets])
         parts = self._world.gather(written)
-        if not self._world.is_first:
-            return {}, []
-        scores = {"loss": loss_sum / targets}
-        if "perplexity" in self._metrics:
-            scores["perplexity"] = math.exp(min(scores["loss"], 700.0))
         predictions = self._predictions(split, dict(pair for part in parts for pair in part))
+        return Judged(
+            self._world.first_does("scores", lambda: self._scored(step, split, loss_sum / targets, predictions)),
+            predictions,
+        )
+
+    def _scored(self, step: int | str, split: Split, loss: float, predictions: list[Prediction]) -> dict[str, float]:
+        scores = {"loss": loss}
+        if "perplexity" in self._metrics:
+            scores["perplexity"] = math.exp(min(loss, 700.0))
         if predictions:
             scores |= score(self._metrics, [p.prediction for p in predictions], [p.reference for p in predictions])
             self._write(step, split.name, predictions)
-        return scores, predictions
+        return scores
 
     def forget_after(self, step: int) -> None:
         """Removes the predictions of later steps, on the first rank: the run has gone back."""

@@ -54,6 +54,8 @@ class Tokens(NamedTuple):
     of a conversation stand tokens that are read but not learned, as `~id`, so negative."""
     origin: int = 0
     """Which source of the training data it is from."""
+    number: int = 0
+    """Its place in the split that is judged."""
 
 
 class Encoded(NamedTuple):
@@ -121,10 +123,24 @@ class Generation(NamedTuple):
     """How texts are generated."""
 
     max_new_tokens: int
-    beams: int
-    """1 is greedy."""
-    in_step: bool
+    beams: int = 1
+    """1 is greedy, or drawn."""
+    in_step: bool = False
     """Whether all ranks must call the model equally often, because each holds only a part of it."""
+    min_new_tokens: int = 0
+    length_penalty: float = 1.0
+    """Of beam search: texts are compared by the sum of their log probabilities over length ** this."""
+    no_repeat_ngram: int = 0
+    """So many tokens in a row are written once only; 0: they may be again."""
+    temperature: float = 0.0
+    """0: nothing is drawn; above, tokens are, from the probabilities of logits / temperature."""
+    top_k: int | None = None
+    top_p: float | None = None
+    stop: Sequence[str] = ()
+    """A text ends before one of these."""
+    seed: int = 0
+    """Of what is drawn; with the example's number in its split (`Tokens.number`) it decides the text, whatever the
+    batch and the ranks."""
 
 
 class Shard(NamedTuple):
@@ -202,9 +218,25 @@ class Task(Protocol):
         """The float32 sum of the targets' cross entropies (natural log), a scalar."""
         ...
 
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Of each example the sum that `loss_sum` adds up over all of them: float32, [b]; the batch is not packed."""
+        ...
+
+    def targets(self, example: Tokens) -> int:
+        """Over how many targets the loss of an example is a mean."""
+        ...
+
     def predict(self, model: nn.Module, examples: Sequence[Tokens], how: Generation) -> list[str]:
         """What the model writes, or which class it names, for each source. On sharded models, ranks call
         this the same number of times, each with at least one example."""
+        ...
+
+    def as_written(self, texts: Sequence[Text], predictions: Sequence[str]) -> list[str]:
+        """The predictions as people read them, for tasks that need the text for that; the first rank calls it alone."""
+        ...
+
+    def references(self, text: Text) -> list[str]:
+        """The right predictions; where there are several, each is as good, and the first is shown."""
         ...
 
 

@@ -44,13 +44,17 @@ from shardtune.data.corpus import Corpus
 from shardtune.data.stream import Stream
 from shardtune.errors import NumbersError, ShardtuneError, StorageError
 from shardtune.evaluation import Evaluator
-from shardtune.loop import train
+from shardtune.judging import Judge
+from shardtune.loop import StepReport, train
 from shardtune.optim.schedule import clip_scale, learning_rate, learning_rate_by_time
+from shardtune.progress import Progress
 from shardtune.protocols import Strategy
+from shardtune.records import Records
 from shardtune.reporting import Reporter
 from shardtune.result import write_result
 from shardtune.state import TrainingState
 from shardtune.stopping import Stopping
+from shardtune.tracking import TensorBoardTracker, Tracker
 from shardtune.world import World
 
 
@@ -97,23 +101,37 @@ def train_run(
             prepared.task, strategy, world, metric_names(config), config.evaluation.max_new_tokens,
             config.evaluation.beams, judged_at_once(config.batch), folder / "predictions", stopping.told,
         )  # fmt: skip
-        reporter = ends.enter_context(Reporter(
-            folder, world, state, course.total_steps, course.examples_of, config.tracking.every,
-            config.evaluation.every, config.tracking.tensorboard, evaluator,
-            evaluated_splits(prepared, config.evaluation.examples), config.model_dump(mode="json"),
-            config.duration.seconds, beginning.goes_on,
-        ))  # fmt: skip
-        reporter.progress.say(said)
+        after = state.step if beginning.goes_on else None
+        if after is not None:
+            world.first_does("predictions", lambda: evaluator.forget_after(after))
+        records = ends.enter_context(Records(folder, world, _trackers(config, folder, world, after), after))
+        progress = Progress(
+            course.total_steps, state.step, world.is_first, config.tracking.every, limit=config.duration.seconds
+        )
+        ends.callback(progress.close)
+        reporter = Reporter(
+            records, progress, world.device, state, course.total_steps, course.examples_of, config.tracking.every
+        )
+        judge = Judge(
+            evaluator, evaluated_splits(prepared, config.evaluation.examples), records, progress, state,
+            course.total_steps, config.evaluation.every,
+        )  # fmt: skip
+
+        def after_step(report: StepReport) -> None:
+            reporter.after_step(report)
+            judge.where_due()
+
+        progress.say(said)
         if saved is not None:
             ranks = f"{saved.ranks} rank{'s' * (saved.ranks > 1)} under {saved.state.get('strategy')}"
             origin = f"step {saved.step} of {saved.folder}, saved on {ranks}"
-            reporter.progress.say("\n".join([f"goes on from {origin}", *(f"  {change}" for change in changes)]))
+            progress.say("\n".join([f"goes on from {origin}", *(f"  {change}" for change in changes)]))
         if tuned.tuning.quantization is not None:
-            reporter.progress.say(describe_stored([Stored(*rank) for rank in held]))
+            progress.say(describe_stored([Stored(*rank) for rank in held]))
         saver = Saver(
             folder / FOLDER, world, config.checkpoint.keep, config.checkpoint.background,
             snapshots(config, world, state, in_loop, tuned, kind, identity, course.total_steps, beginning.began_from),
-            reporter.progress.say,
+            progress.say,
         )  # fmt: skip
         boundaries = Boundaries(
             state, world, saver, config.checkpoint.every_steps, config.checkpoint.every_seconds,
@@ -127,25 +145,36 @@ def train_run(
         begun = time.monotonic()
         stopping.training()
         if config.evaluation.baseline and course.total_steps != 0 and saved is None:
-            reporter.evaluate()
-        reporter.evaluate_where_due()
+            judge.before_training()
+        judge.where_due()
         train(
             state, sys.maxsize if course.total_steps is None else course.total_steps, course.steps, task, in_loop,
             world, rate_of, functools.partial(clip_scale, max_grad_norm=config.optimizer.max_grad_norm),
-            boundaries, reporter.after_step,
+            boundaries, after_step,
         )  # fmt: skip
         boundaries.end()
         if stream is not None and stream.noted:
-            reporter.progress.say(f"in the stream, as far as it was read: {counted(stream.noted)}")
-        if not reporter.after_training():
+            progress.say(f"in the stream, as far as it was read: {counted(stream.noted)}")
+        reporter.after_training()
+        if not judge.after_training():
             boundaries.stop()
         for note in write_result(
             folder / "final", tuned.model, strategy, tuned.weights, prepared.tokenizer, prepared.labels,
             tuned.skeleton.stored_dtype, tuned.tuning, tuned.shapes, _updated(rate_of, state, course), world,
         ):  # fmt: skip
-            reporter.progress.say(f"warning: {note}")
+            progress.say(f"warning: {note}")
     world.first_does("written", lambda: None)  # nobody leaves before the result is there
-    return last_words(folder, config, reporter.before_and_after(), time.monotonic() - begun)
+    return last_words(folder, config, judge.before_and_after(), time.monotonic() - begun)
+
+
+def _trackers(config: Config, folder: Path, world: World, after: int | None) -> list[Tracker]:
+    """Those that the config asks for, started, on the first rank."""
+    trackers: list[Tracker] = []
+    if world.is_first and config.tracking.tensorboard:
+        trackers.append(TensorBoardTracker(folder / "tensorboard", after))
+    for tracker in trackers:
+        tracker.start(config.model_dump(mode="json"))
+    return trackers
 
 
 @contextmanager

@@ -56,9 +56,8 @@ def evaluate(config: Config, corpus: Corpus, folder: Path, split_name: str, labe
         )  # fmt: skip
         judged = evaluator.run(label, found[0], lambda examples: None)
         assert judged is not None  # nobody told it to stop
-        scores, _ = judged
     world.close()
-    rows = [[split_name, key, f"{value:.4f}"] for key, value in scores.items()]
+    rows = [[split_name, key, f"{value:.4f}"] for key, value in judged.scores.items()]
     count = found[0].examples
     return f"{count:,} example{'s' * (count != 1)} of {split_name}\n{table(rows, ['split', 'metric', 'value'])}"
 

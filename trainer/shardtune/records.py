@@ -1,0 +1,72 @@
+"""What a run writes of itself while it goes: metrics.jsonl and the trackers, on the first rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+from shardtune.errors import StorageError
+from shardtune.tracking import MetricsFile, Tracker
+from shardtune.world import World
+
+
+class Records:
+    """Writes on the first rank and is silent on the others."""
+
+    def __init__(self, folder: Path, world: World, trackers: Sequence[Tracker], after: int | None = None) -> None:
+        """`folder`: the run's. `trackers`: started, on the first rank. `after`: the step up to which the figures of an
+        earlier part of the run stay; all ranks then wait for the first. Raises StorageError, as all methods do."""
+        self._trackers = list(trackers)
+        self._file: MetricsFile | None = None
+        self.evaluations: list[dict[str, Any]] = []
+        """The lines of evaluations that were there and stay, on every rank."""
+
+        def opened() -> list[dict[str, Any]]:
+            self._file = MetricsFile(folder / "metrics.jsonl", after)
+            return [line for line in self._file.kept if "split" in line]
+
+        if after is not None:
+            self.evaluations = world.first_does("metrics", opened)
+        elif world.is_first:
+            opened()
+
+    def training(self, step: int, figures: Mapping[str, float]) -> None:
+        """A line of the step's figures, and a point train/<figure> of each but for digests."""
+        if self._file is None:
+            return
+        self._file.write({"step": step, **figures})
+        points = {f"train/{name}": value for name, value in figures.items() if name != "examples_digest"}
+        for tracker in self._trackers:
+            tracker.scalars(step, points)
+
+    def evaluation(
+        self, step: int, split: str, scores: Mapping[str, float], of: str | None = None, shown: Sequence[str] = ()
+    ) -> None:
+        """A line of a split's scores, and their points <split>/<score>. `of`: what was judged, where that is not the
+        model as it is at the step; its points are <of>/<split>/<score>. `shown`: texts for people to look at."""
+        if self._file is None:
+            return
+        self._file.write({"step": step, "split": split, **({} if of is None else {"of": of}), **scores})
+        prefix = split if of is None else f"{of}/{split}"
+        for tracker in self._trackers:
+            tracker.scalars(step, {f"{prefix}/{name}": value for name, value in scores.items()})
+            tracker.texts(step, f"{prefix}/predictions", shown)
+
+    def __enter__(self) -> Records:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Closes; after an error, it is that one which is to be said, not one that comes of it."""
+        with suppress(StorageError) if error is not None else nullcontext():
+            self.close()
+
+    def close(self) -> None:
+        """Writes out what trackers hold."""
+        try:
+            for tracker in self._trackers:
+                tracker.close()
+        finally:
+            if self._file is not None:
+                self._file.close()
