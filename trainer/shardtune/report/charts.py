@@ -151,7 +151,7 @@ def line_chart(
         right=right,
         top=TOP,
         bottom=HEIGHT - BOTTOM,
-        x_ticks=_ticks(x_axis, 4),
+        x_ticks=_ticks(x_axis, 4, least=1),
         y_ticks=_ticks(y_axis, 5),
     )
     for one in series:
@@ -199,16 +199,15 @@ def _axis(low: float, high: float, start: float, stop: float, exact: bool = Fals
     return Axis(low, high, start, stop)
 
 
-def _ticks(axis: Axis, parts: int) -> list[Tick]:
+def _ticks(axis: Axis, parts: int, least: float = 0.0) -> list[Tick]:
+    """About so many round values; `least`: the smallest step between them, 1 for counts."""
     if axis.logarithmic:
         exponents = range(math.floor(math.log10(axis.low)), math.ceil(math.log10(axis.high)) + 1)
         factors = (1,) if len(exponents) > 4 else (1, 3) if len(exponents) > 2 else (1, 2, 5)
         every = -(-len(exponents) // 6)
         found = [factor * 10.0**power for power in exponents[::every] for factor in factors]
     else:
-        step = nice_step(axis.high - axis.low, parts)
-        if axis.start < axis.stop:  # along the bottom, where steps are counted
-            step = max(step, 1.0)
+        step = max(nice_step(axis.high - axis.low, parts), least)
         first = math.ceil(axis.low / step - 1e-9)
         found = [step * index for index in range(first, math.floor(axis.high / step + 1e-9) + 1)]
     return [Tick(axis.place(value), brief(round(value, 12))) for value in found if axis.low <= value <= axis.high * (1 + 1e-12) + 1e-15]
@@ -304,7 +303,7 @@ def histogram(identifier: str, title: str, bars: Sequence[Sequence[float]], x_ti
     )
     return Histogram(
         identifier, title, description, x_title, WIDTH, height, LEFT, WIDTH - RIGHT, TOP, bottom,
-        _ticks(x_axis, 5), _ticks(y_axis, 4), drawn,
+        _ticks(x_axis, 5, least=1), _ticks(y_axis, 4, least=1), drawn,
     )  # fmt: skip
 
 

@@ -124,9 +124,9 @@ def against(text: str, reference: str, limit: int) -> Shown:
     if len(words) > MARKED_WORDS or len(wanted) > MARKED_WORDS:
         return _plain(text, limit)
     matcher = SequenceMatcher(None, [w.strip() for w in words], [w.strip() for w in wanted], autojunk=False)
-    pieces = [
-        Piece("".join(words[start:stop]), kind != "equal")
-        for kind, start, stop, _, _ in matcher.get_opcodes()
-        if stop > start
-    ]
-    return Shown(pieces, left_out)
+    pieces = []
+    for kind, start, stop, _, _ in matcher.get_opcodes():
+        piece = "".join(words[start:stop])
+        written = piece.rstrip()  # the space behind a word is not marked
+        pieces += [Piece(written, kind != "equal"), Piece(piece[len(written) :], False)]
+    return Shown([piece for piece in pieces if piece.text], left_out)

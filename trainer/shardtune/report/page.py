@@ -52,7 +52,7 @@ def _content(run: RunFiles, limit: int) -> dict[str, Any]:
         "compared": of("Before and after", lambda: compared(run), []),
         "charts": of("Curves", lambda: curves(run), []),
         "examples": of("Examples", lambda: _examples(run, limit), []),
-        "data": of("Data", lambda: facts.data_of(run), []),
+        "data": of("Data", lambda: facts.data_of(run), None),
         "overlaps": of("Overlap of splits", lambda: facts.overlaps(run), []),
         "cost": of("Cost", lambda: facts.cost(run), []),
         "facts": of("What was run", lambda: facts.what_was_run(run), []),
@@ -75,7 +75,5 @@ def _content(run: RunFiles, limit: int) -> dict[str, Any]:
 
 def _examples(run: RunFiles, limit: int) -> list[tuple[str, list[Group]]]:
     """Of each split that has some; test first."""
-    parts = parts_of(run)
-    order = [name for name in ("test", "validation") if name in parts] + [n for n in parts if n not in ("test", "validation")]
-    found = [(split, examples(run, split, parts[split], limit)) for split in order]
+    found = [(split, examples(run, split, part, limit)) for split, part in parts_of(run).items()]
     return [(split, groups) for split, groups in found if groups]

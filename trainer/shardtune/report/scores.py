@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ from shardtune.report.charts import Whiskers, whiskers
 from shardtune.report.curves import scores_of
 from shardtune.report.files import RunFiles, finite
 from shardtune.report.words import (
-    Verdict, chance, interval, lower_is_better, number, plural, signed, verdict, whole,
+    PERCENT, Verdict, chance, interval, lower_is_better, number, plural, signed, verdict, whole,
 )  # fmt: skip
 
 PREFERRED = (
@@ -64,32 +63,22 @@ class Compared:
 
 def compared(run: RunFiles) -> list[Compared]:
     """Test first; from comparison.json, and for splits that it lacks from the lines of evaluations."""
-    found = {split: _compared(split, part) for split, part in run.comparison.items() if _usable(part)}
-    for split in dict.fromkeys(line.get("split") for line in run.evaluations):
-        if isinstance(split, str) and split not in found:
-            found[split] = _compared(split, _from_lines(run, split))
-            found[split].notes.append("There is no comparison of this split, so there are no intervals and no test.")
-    return sorted(found.values(), key=lambda one: (_place(one.split), one.split))
-
-
-def main_part(run: RunFiles) -> tuple[str, dict[str, Any]] | None:
-    """The first split shown, and what comparison.json says of it or would have said; None where nothing was judged."""
-    there = {split: part for split, part in run.comparison.items() if _usable(part)}
-    for line in run.evaluations:
-        split = line.get("split")
-        if isinstance(split, str) and split not in there:
-            there[split] = _from_lines(run, split)
-    return min(there.items(), key=lambda one: (_place(one[0]), one[0])) if there else None
+    found = []
+    for split, part in parts_of(run).items():
+        found.append(_compared(split, part))
+        if split not in run.comparison:
+            found[-1].notes.append("There is no comparison of this split, so there are no intervals and no test.")
+    return found
 
 
 def parts_of(run: RunFiles) -> dict[str, dict[str, Any]]:
-    """Of each split that was judged what comparison.json says of it, or would have said."""
+    """Of each split that was judged what comparison.json says of it, or would have said; test first."""
     found = {split: part for split, part in run.comparison.items() if _usable(part)}
     for line in run.evaluations:
         split = line.get("split")
         if isinstance(split, str) and split not in found:
             found[split] = _from_lines(run, split)
-    return found
+    return dict(sorted(found.items(), key=lambda one: (_place(one[0]), one[0])))
 
 
 def _place(split: str) -> int:
@@ -186,13 +175,13 @@ def _sentences(
     if after[0] is None:
         return [f"{where} the tuned model has no {score}."]
     if before[0] is None or base == tuned:
-        held = f" (95 % interval {interval(*after[1:], like=after[0])})" if after[1] is not None else ""
+        held = f" (95{PERCENT} interval {interval(*after[1:], like=after[0])})" if after[1] is not None else ""
         return [f"{where} the model scores {number(after[0])} {score}{held}. There is no base model to compare it with."]
     line = f"{where}, {score} went from {number(before[0])} to {number(after[0])}: {signed(difference, after[0])}"
     low, high, p = (finite(test.get(key)) for key in ("low", "high", "p"))
     if low is not None and high is not None:
         held = f"{signed(low, after[0])} to {signed(high, after[0])}"
-        line += f" (95 % interval {held}{', ' + chance(p) if p is not None else ''})"
+        line += f" (95{PERCENT} interval {held}{', ' + chance(p) if p is not None else ''})"
     better = "Lower is better. " if lower else ""
     meaning = {
         "better": f"{better}The tuned model is better than the base model, and by more than chance explains.",
@@ -283,7 +272,3 @@ def _slices(part: dict[str, Any], main: str, lower: bool) -> Table | None:
         rows.append((f"{one.get('by')}: {one.get('value')}", cells))
     return Table(["examples", f"base {main}", f"tuned {main}", "difference"], rows, len(slices) - len(rows))
 
-
-def names_of(rows: Sequence[tuple[str, Any]]) -> list[str]:
-    """The first column of a table."""
-    return [name for name, _ in rows]
