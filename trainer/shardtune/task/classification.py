@@ -208,6 +208,18 @@ class Classification:
         ]
         return [json.dumps(labels, ensure_ascii=False) for labels in held]
 
+    def targets(self, example: Tokens) -> int:
+        """One."""
+        return 1
+
+    def as_written(self, texts: Sequence[Text], predictions: Sequence[str]) -> list[str]:
+        """As they are."""
+        return list(predictions)
+
+    def references(self, text: Text) -> list[str]:
+        """The label, a JSON list of them, or the number."""
+        return [text.target]
+
     def _target(self, text: Text) -> list[int]:
         import numpy as np
 
