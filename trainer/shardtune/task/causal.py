@@ -41,7 +41,6 @@ class Config(TaskSection):
     max_source_tokens)."""
 
     head: ClassVar[str] = "causal"
-    scores: ClassVar[tuple[str, ...]] = WRITTEN
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -52,6 +51,11 @@ class Config(TaskSection):
     def fields(self) -> Fields:
         """One of the three."""
         return Fields(self.text or self.source, self.prompt, self.target, self.messages, self.tools)
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """Those of texts; a whole text is not written, so it is compared with nothing."""
+        return ("perplexity",) if self.text is not None else WRITTEN
 
     @property
     def usual_scores(self) -> list[str]:

@@ -30,7 +30,6 @@ class Config(TaskSection):
     """Longest target, in tokens, its end token included."""
 
     head: ClassVar[str] = "seq2seq"
-    scores: ClassVar[tuple[str, ...]] = WRITTEN
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -41,6 +40,11 @@ class Config(TaskSection):
     def fields(self) -> Fields:
         """Source and target."""
         return Fields(input=self.source, prompt=self.prompt, target=self.target)
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """Those of texts."""
+        return WRITTEN
 
     @property
     def usual_scores(self) -> list[str]:
