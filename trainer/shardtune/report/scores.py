@@ -61,11 +61,21 @@ class Compared:
     notes: list[str] = field(default_factory=list)
 
 
+class Sides(NamedTuple):
+    """What the two that are compared are called."""
+
+    before: str = "the base model"
+    after: str = "the tuned model"
+
+
+BASE_AND_TUNED = Sides()
+
+
 def compared(run: RunFiles) -> list[Compared]:
     """Test first; from comparison.json, and for splits that it lacks from the lines of evaluations."""
     found = []
     for split, part in parts_of(run).items():
-        found.append(_compared(split, part))
+        found.append(compared_split(split, part))
         if split not in run.comparison:
             found[-1].notes.append("There is no comparison of this split, so there are no intervals and no test.")
     return found
@@ -126,6 +136,8 @@ def value_of(part: dict[str, Any], variant: str | None, score: str) -> tuple[flo
 
 def said_of(name: str, part: dict[str, Any]) -> str:
     """A variant as people call it."""
+    if name in part.get("names", {}):
+        return part["names"][name]
     if name == part.get("tuned"):
         return f"tuned ({name.replace('-', ' ')})" if name.startswith("step-") else f"tuned ({name})"
     if name == part.get("base"):
@@ -139,7 +151,8 @@ def said_of(name: str, part: dict[str, Any]) -> str:
     }.get(name, name.replace("-", " ") if kind == "step" else name)  # fmt: skip
 
 
-def _compared(split: str, part: dict[str, Any]) -> Compared:
+def compared_split(split: str, part: dict[str, Any], sides: Sides = BASE_AND_TUNED) -> Compared:
+    """`part`: of comparison.json; its `names`, where there are some, are what variants are called."""
     base, tuned, score = part.get("base"), part.get("tuned"), str(part.get("metric", "loss"))
     lower = lower_is_better(score, part)
     test = part.get("tests", {}).get(score, {}) if base != tuned else {}
@@ -155,7 +168,7 @@ def _compared(split: str, part: dict[str, Any]) -> Compared:
         before=number(before[0]) if before[0] is not None and base != tuned else "",
         after=number(after[0]),
         difference="" if difference is None else signed(difference, like=after[0]),
-        sentences=_sentences(split, part, test, judged, lower, difference),
+        sentences=_sentences(split, part, test, judged, lower, difference, sides),
         table=_table(part),
         picture=_picture(split, score, part),
         slices=_slices(part, score, lower),
@@ -165,35 +178,38 @@ def _compared(split: str, part: dict[str, Any]) -> Compared:
 
 
 def _sentences(
-    split: str, part: dict[str, Any], test: dict[str, Any], judged: Verdict, lower: bool, difference: float | None
-) -> list[str]:
+    split: str, part: dict[str, Any], test: dict[str, Any], judged: Verdict, lower: bool, difference: float | None,
+    sides: Sides,
+) -> list[str]:  # fmt: skip
     """What came of tuning, for somebody who reads only this."""
     score, base, tuned = str(part.get("metric", "loss")), part.get("base"), part.get("tuned")
     before, after = value_of(part, base, score), value_of(part, tuned, score)
     examples = finite(part.get("examples"))
     where = f"On {plural(examples, 'example')} of {split}" if examples is not None else f"On {split}"
     if after[0] is None:
-        return [f"{where} the tuned model has no {score}."]
+        return [f"{where} {sides.after} has no {score}."]
     if before[0] is None or base == tuned:
         held = f" (95{PERCENT} interval {interval(*after[1:], like=after[0])})" if after[1] is not None else ""
-        return [f"{where} the model scores {number(after[0])} {score}{held}. There is no base model to compare it with."]
-    line = f"{where}, {score} went from {number(before[0])} to {number(after[0])}: {signed(difference, after[0])}"
+        return [f"{where}, {score} is {number(after[0])}{held}. There is nothing to compare it with."]
+    moved = "went from {} to {}" if sides is BASE_AND_TUNED else f"is {{}} for {sides.before} and {{}} for {sides.after}"
+    line = f"{where}, {score} {moved.format(number(before[0]), number(after[0]))}: {signed(difference, after[0])}"
     low, high, p = (finite(test.get(key)) for key in ("low", "high", "p"))
     if low is not None and high is not None:
         held = f"{signed(low, after[0])} to {signed(high, after[0])}"
         line += f" (95{PERCENT} interval {held}{', ' + chance(p) if p is not None else ''})"
     better = "Lower is better. " if lower else ""
+    subject = sides.after[0].upper() + sides.after[1:]
     meaning = {
-        "better": f"{better}The tuned model is better than the base model, and by more than chance explains.",
-        "worse": f"{better}The tuned model is worse than the base model, and by more than chance explains.",
-        "unclear": f"{better}So small a difference may well be chance: these examples do not tell which model is better.",
+        "better": f"{better}{subject} is better than {sides.before}, and by more than chance explains.",
+        "worse": f"{better}{subject} is worse than {sides.before}, and by more than chance explains.",
+        "unclear": f"{better}So small a difference may well be chance: these examples do not tell which one is better.",
         "untested": f"{better}Whether that is more than chance was not tested.",
     }[judged.kind]
     lines = [line + ".", meaning]
     wins, losses, ties = (finite(part.get(key)) for key in ("wins", "losses", "ties"))
     if wins is not None and losses is not None and ties is not None:
         lines.append(
-            f"It did better on {plural(wins, 'example')}, worse on {whole(losses)}, and as well on {whole(ties)}."
+            f"{subject} did better on {plural(wins, 'example')}, worse on {whole(losses)}, and as well on {whole(ties)}."
         )
     return lines
 
@@ -228,13 +244,8 @@ def _difference(part: dict[str, Any], test: dict[str, Any], score: str) -> Cell:
         return Cell(signed(difference, after))
     held = f"{signed(low, after)} to {signed(high, after)}"
     p = chance(finite(test.get("p")))
-    kind = "" if neutral(score) else verdict(test, lower_is_better(score, part)).kind
+    kind = "" if score in part.get("no_direction", ("length",)) else verdict(test, lower_is_better(score, part)).kind
     return Cell(signed(difference, after), held + (f", {p}" if p else ""), kind)
-
-
-def neutral(score: str) -> bool:
-    """Whether neither more nor less of a score is better, as of a length."""
-    return "length" in score
 
 
 def _picture(split: str, score: str, part: dict[str, Any]) -> Whiskers | None:
