@@ -13,7 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-PROGRAM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+PROGRAM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
 ANSWERS_WITHIN = 60.0
 """Seconds."""
 

@@ -210,7 +210,9 @@ def _ticks(axis: Axis, parts: int, least: float = 0.0) -> list[Tick]:
         step = max(nice_step(axis.high - axis.low, parts), least)
         first = math.ceil(axis.low / step - 1e-9)
         found = [step * index for index in range(first, math.floor(axis.high / step + 1e-9) + 1)]
-    return [Tick(axis.place(value), brief(round(value, 12))) for value in found if axis.low <= value <= axis.high * (1 + 1e-12) + 1e-15]
+    found = [round(value, 12) for value in found if axis.low * (1 - 1e-12) <= value <= axis.high * (1 + 1e-12) + 1e-15]
+    largest = max(map(abs, found), default=0.0)
+    return [Tick(axis.place(value), brief(value, largest)) for value in found]
 
 
 def _line(one: Series, x_axis: Axis, y_axis: Axis) -> Line:
@@ -238,7 +240,7 @@ def _label(chart: Chart, named: Sequence[tuple[str, float, int]]) -> None:
     room = max(chart.bottom - chart.top, LABEL_HEIGHT * len(ordered))
     for index, (text, y, colour) in enumerate(ordered):
         rest = LABEL_HEIGHT * (len(ordered) - 1 - index)
-        y = max(lowest, min(y, chart.top + 4 + room - rest))
+        y = max(lowest, min(y, chart.top + room - 3 - rest))
         chart.labels.append(Label(chart.right + 7, round(y, 1), text, colour))
         lowest = y + LABEL_HEIGHT
 
@@ -248,7 +250,9 @@ def _described(series: Sequence[Series], x_title: str, is_thinned: bool) -> str:
     for one in series:
         there = [(x, y) for x, y in one.points if y is not None]
         (first_x, first), (last_x, last) = there[0], there[-1]
-        said.append(f"{one.label} from {number(first)} at {x_title} {first_x:g} to {number(last)} at {x_title} {last_x:g}")
+        said.append(
+            f"{one.label} from {number(first)} at {x_title} {first_x:g} to {number(last)} at {x_title} {last_x:g}"
+        )
     more = f" Lines of more than {MOST_POINTS} points are thinned; the least and largest values are kept." * is_thinned
     return "; ".join(said) + "." + more
 

@@ -93,7 +93,12 @@ def examples(run: RunFiles, split: str, part: dict[str, Any], limit: int) -> lis
 
 
 def _example(
-    position: int, difference: float | None, score: str, after: dict[str, str], before: dict[str, str] | None, limit: int
+    position: int,
+    difference: float | None,
+    score: str,
+    after: dict[str, str],
+    before: dict[str, str] | None,
+    limit: int,
 ) -> Example:
     reference = after["reference"]
     columns = [("Reference", _plain(reference, limit))]

@@ -29,7 +29,14 @@ def what_was_run(run: RunFiles) -> list[Fact]:
     devices = environment.get("devices")
     ranks = finite(environment.get("ranks"))
     found = [
-        ("Model", _joined(setting("model.path"), _unless(setting("model.weights"), "pretrained", "weights"), setting("model.dtype"))),
+        (
+            "Model",
+            _joined(
+                setting("model.path"),
+                _unless(setting("model.weights"), "pretrained", "weights"),
+                setting("model.dtype"),
+            ),
+        ),
         ("Task", _joined(setting("task.kind"), setting("task.prompt"))),
         ("Training data", _sources(setting("data.train"))),
         ("Validation, test", _joined(_sources(setting("data.validation")), _sources(setting("data.test")))),
@@ -37,7 +44,13 @@ def what_was_run(run: RunFiles) -> list[Fact]:
         ("Optimizer", _options(setting("optimizer", {}), "name")),
         ("A step", _step(run)),
         ("Steps", _steps(run)),
-        ("Strategy", _joined(environment.get("strategy") or setting("strategy.kind"), _unless(setting("strategy.offload"), "none", "offload"))),
+        (
+            "Strategy",
+            _joined(
+                environment.get("strategy") or setting("strategy.kind"),
+                _unless(setting("strategy.offload"), "none", "offload"),
+            ),
+        ),
         ("Ranks", whole(ranks) if ranks is not None else ""),
         ("Devices", _counted(devices) if isinstance(devices, list) else ""),
         ("Seed", str(setting("seed", ""))),
@@ -88,14 +101,17 @@ def cost(run: RunFiles) -> list[Fact]:
     found = [
         ("Training", seconds(took) if took else ""),
         ("Whole run", seconds(whole_run) if whole_run else ""),
-        ("Device time", f"{took * ranks / 3600:,.2f} h on {plural(ranks, 'rank')}" if took and ranks and ranks > 1 else ""),
+        (
+            "Device time",
+            f"{took * ranks / 3600:,.2f} h on {plural(ranks, 'rank')}" if took and ranks and ranks > 1 else "",
+        ),
         ("Epochs", f"{epochs:.3g}" if epochs else ""),
         ("Examples", _count(last.get("examples"))),
         ("Tokens", _count(tokens)),
         ("Target tokens", _count(last.get("target_tokens"))),
         ("Tokens a second", whole(tokens / took) if tokens and took else ""),
         ("Peak memory of a device", size_of(max(peaks)) if peaks else ""),
-        ("Energy", _energy(run.environment.get("energy_joules"))),
+        ("Energy of the devices", _energy(last.get("energy_joules"))),
     ]
     return [(name, text) for name, text in found if text]
 
@@ -143,7 +159,8 @@ def _warnings(run: RunFiles) -> Iterator[str]:
         first, _, second = pair.partition("/")
         if finite(count):
             of = run.data.get(second, {}).get("examples")
-            yield f"{whole(count)} of {whole(finite(of))} examples of {second} also stand in {first}: scores on {second} flatter."
+            found = f"{whole(count)} of {whole(finite(of))} examples of {second} also stand in {first}"
+            yield f"{found}: scores on {second} flatter."
     for side in SIDES:
         cut = [(split, part) for split, part in run.data.items() if _cut_share(part, side) >= CUT_FROM]
         if cut:
@@ -188,7 +205,9 @@ def data_of(run: RunFiles) -> Data | None:
     for name, part in splits.items():
         for title, cell in _figures(part):
             rows.setdefault(title, {})[name] = cell
-    table = Table(list(splits), [(title, [cells.get(name, Cell("–")) for name in splits]) for title, cells in rows.items()])
+    table = Table(
+        list(splits), [(title, [cells.get(name, Cell("–")) for name in splits]) for title, cells in rows.items()]
+    )
     drawn = [
         histogram(f"lengths-{name}-{side}", f"Length of {side}s, {name}", lengths["histogram"], f"tokens of a {side}")
         for side in SIDES
@@ -227,7 +246,9 @@ def overlaps(run: RunFiles) -> list[Fact]:
         (f"{pair.partition('/')[2]} also in {pair.partition('/')[0]}", whole(finite(count)))
         for pair, count in (overlap.items() if isinstance(overlap, dict) else ())
     ]
-    found += [(f"left out: {why}", whole(finite(n))) for why, n in (dropped.items() if isinstance(dropped, dict) else ())]
+    found += [
+        (f"left out: {why}", whole(finite(n))) for why, n in (dropped.items() if isinstance(dropped, dict) else ())
+    ]
     return found
 
 
@@ -265,14 +286,21 @@ def _options(section: object, first: str) -> str:
 
 
 def _plain(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return value if isinstance(value, str) else json.dumps(shortest(value), ensure_ascii=False)
+
+
+def shortest(value: Any) -> Any:
+    """A float without the digits that come of arithmetic."""
+    return float(f"{value:.12g}") if isinstance(value, float) else value
 
 
 def _sources(given: object) -> str:
     if isinstance(given, list):
         return ", ".join(_sources(one) for one in given)
     if isinstance(given, dict):
-        return " ".join([str(given.get("path", "")), *(f"({k} {v})" for k, v in given.items() if k != "path" and v is not None)])
+        return " ".join(
+            [str(given.get("path", "")), *(f"({k} {v})" for k, v in given.items() if k != "path" and v is not None)]
+        )
     return "" if given is None else str(given)
 
 
@@ -280,7 +308,9 @@ def _step(run: RunFiles) -> str:
     batch = run.setting("batch", {})
     if not isinstance(batch, dict):
         return ""
-    of = [plural(v, what) for key, what in (("examples", "example"), ("tokens", "token")) if (v := finite(batch.get(key)))]
+    of = [
+        plural(v, what) for key, what in (("examples", "example"), ("tokens", "token")) if (v := finite(batch.get(key)))
+    ]
     return ", ".join([*of, *([f"batching {run.setting('data.batching')}"] if run.setting("data.batching") else [])])
 
 
@@ -294,9 +324,8 @@ def _counted(names: list[Any]) -> str:
 
 
 def _energy(given: object) -> str:
-    values = list(given.values()) if isinstance(given, dict) else [given]
-    joules = [joule for value in values if (joule := finite(value)) is not None]
-    if not joules:
+    joules = finite(given)
+    if joules is None:
         return ""
-    hours = sum(joules) / 3600
+    hours = joules / 3600
     return f"{hours / 1000:,.2f} kWh" if hours >= 100 else f"{hours:,.2f} Wh"

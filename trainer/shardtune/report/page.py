@@ -42,11 +42,13 @@ def _content(run: RunFiles, limit: int) -> dict[str, Any]:
         try:
             return make()
         except Exception as error:
-            odd.append(f"{section} cannot be shown: the run's files are not as expected ({type(error).__name__}: {error})")
+            odd.append(
+                f"{section} cannot be shown: the run's files are not as expected ({type(error).__name__}: {error})"
+            )
             return otherwise
 
     config, config_cut = cut(run.config_text, CONFIG_CHARACTERS)
-    content = {
+    return {
         "name": cut(run.name, 200)[0],
         "subtitle": of("The line under the name", lambda: facts.subtitle(run), ""),
         "compared": of("Before and after", lambda: compared(run), []),
@@ -70,7 +72,6 @@ def _content(run: RunFiles, limit: int) -> dict[str, Any]:
         "shardtune": str((run.environment.get("versions") or {}).get("shardtune") or ""),
         "limit": limit,
     }
-    return content
 
 
 def _examples(run: RunFiles, limit: int) -> list[tuple[str, list[Group]]]:

@@ -9,7 +9,16 @@ from shardtune.report.charts import Whiskers, whiskers
 from shardtune.report.curves import scores_of
 from shardtune.report.files import RunFiles, finite
 from shardtune.report.words import (
-    PERCENT, Verdict, chance, interval, lower_is_better, number, plural, signed, verdict, whole,
+    PERCENT,
+    Verdict,
+    chance,
+    interval,
+    lower_is_better,
+    number,
+    plural,
+    signed,
+    verdict,
+    whole,
 )  # fmt: skip
 
 PREFERRED = (
@@ -39,6 +48,8 @@ class Table:
     left_out: int = 0
     main: str | None = None
     """The row that is to be seen first."""
+    texts: bool = False
+    """Whether cells are texts, not numbers."""
 
 
 @dataclass
@@ -191,7 +202,9 @@ def _sentences(
     if before[0] is None or base == tuned:
         held = f" (95{PERCENT} interval {interval(*after[1:], like=after[0])})" if after[1] is not None else ""
         return [f"{where}, {score} is {number(after[0])}{held}. There is nothing to compare it with."]
-    moved = "went from {} to {}" if sides is BASE_AND_TUNED else f"is {{}} for {sides.before} and {{}} for {sides.after}"
+    moved = (
+        "went from {} to {}" if sides is BASE_AND_TUNED else f"is {{}} for {sides.before} and {{}} for {sides.after}"
+    )
     line = f"{where}, {score} {moved.format(number(before[0]), number(after[0]))}: {signed(difference, after[0])}"
     low, high, p = (finite(test.get(key)) for key in ("low", "high", "p"))
     if low is not None and high is not None:
@@ -208,9 +221,8 @@ def _sentences(
     lines = [line + ".", meaning]
     wins, losses, ties = (finite(part.get(key)) for key in ("wins", "losses", "ties"))
     if wins is not None and losses is not None and ties is not None:
-        lines.append(
-            f"{subject} did better on {plural(wins, 'example')}, worse on {whole(losses)}, and as well on {whole(ties)}."
-        )
+        better_on = plural(wins, "example")
+        lines.append(f"{subject} did better on {better_on}, worse on {whole(losses)}, and as well on {whole(ties)}.")
     return lines
 
 
@@ -219,7 +231,9 @@ def _table(part: dict[str, Any]) -> Table:
     variants: dict[str, dict[str, Any]] = part["variants"]
     base, tuned, tests = part.get("base"), part.get("tuned"), part.get("tests", {})
     last = [name for name in (base, tuned) if name in variants]
-    names = [*last[:1], *(name for name in variants if name not in last), *last[1:]] if len(last) == 2 else list(variants)
+    names = (
+        [*last[:1], *(name for name in variants if name not in last), *last[1:]] if len(last) == 2 else list(variants)
+    )
     scores = list(dict.fromkeys(score for name in names for score in variants[name]))
     rows = []
     for score in scores[:MOST_ROWS]:
@@ -273,7 +287,9 @@ def _slices(part: dict[str, Any], main: str, lower: bool) -> Table | None:
         return None
     rows = []
     for one in slices[:MOST_ROWS]:
-        before, after = (finite(one.get(which, {}).get(main)) if one.get(which) else None for which in ("base", "tuned"))
+        before, after = (
+            finite(one.get(which, {}).get(main)) if one.get(which) else None for which in ("base", "tuned")
+        )
         difference = None if before is None or after is None else after - before
         kind = "" if not difference else "better" if (difference > 0) != lower else "worse"
         cells = [
@@ -282,4 +298,3 @@ def _slices(part: dict[str, Any], main: str, lower: bool) -> Table | None:
         ]  # fmt: skip
         rows.append((f"{one.get('by')}: {one.get('value')}", cells))
     return Table(["examples", f"base {main}", f"tuned {main}", "difference"], rows, len(slices) - len(rows))
-

@@ -25,8 +25,24 @@ Pairs = Mapping[tuple[int, str], dict[str, Any]]
 of comparison.json, in which the runs are called by their letters."""
 
 
-def comparison_page(runs: Sequence[RunFiles], pairs: Pairs) -> str:
-    """One self-contained page. Raises ConfigError for more runs than there are letters."""
+def judged_alike(first: RunFiles, other: RunFiles) -> list[str]:
+    """The splits of which both runs judged the same examples, in the same order, as their predictions tell, and left
+    statistics of them."""
+    found = []
+    ours, theirs = parts_of(first), parts_of(other)
+    for split in ours:
+        if split in theirs:
+            names = [str(part[split].get("tuned")) for part in (ours, theirs)]
+            left = [run.has_statistics(name, split) for run, name in zip((first, other), names, strict=True)]
+            digests = [run.digest(name, split) for run, name in zip((first, other), names, strict=True)]
+            if all(left) and digests[0] is not None and digests[0] == digests[1]:
+                found.append(split)
+    return found
+
+
+def comparison_page(runs: Sequence[RunFiles], pairs: Pairs, notes: Sequence[str] = ()) -> str:
+    """One self-contained page; `notes` are said as warnings. Raises ConfigError for more runs than there are
+    letters."""
     if len(runs) > len(LETTERS):
         raise ConfigError(f"command line --run: {len(runs)} runs are too many; {len(LETTERS)} can be compared")
     names = [cut(name, 120)[0] for name in called_apart(runs)]
@@ -47,12 +63,22 @@ def comparison_page(runs: Sequence[RunFiles], pairs: Pairs) -> str:
         keys=_different_keys(runs),
         charts=_charts(runs),
         cost=Table(
-            list(letters), [(name, [Cell(cells.get(letter, "–")) for letter in letters]) for name, cells in rows.items()]
+            list(letters),
+            [(name, [Cell(cells.get(letter, "–")) for letter in letters]) for name, cells in rows.items()],
         ),
-        warnings=[f"{letter}: {text}" for letter, run in zip(letters, runs, strict=True) for text in facts.warnings(run)],
-        missing=[f"{letter}: {text}" for letter, run in zip(letters, runs, strict=True) for text in run.missing],
+        warnings=[*_by_run(letters, [facts.warnings(run) for run in runs]), *notes],
+        missing=_by_run(letters, [run.missing for run in runs]),
         made=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
     )
+
+
+def _by_run(letters: str, texts: Sequence[Sequence[str]]) -> list[str]:
+    """Each text once, with the runs that it is said of."""
+    of: dict[str, list[str]] = {}
+    for letter, said in zip(letters, texts, strict=True):
+        for text in said:
+            of.setdefault(text, []).append(letter)
+    return [f"{', '.join(which)}: {text}" for text, which in of.items()]
 
 
 def _compared(pairs: Pairs, names: Sequence[str]) -> list[Compared]:
@@ -98,10 +124,8 @@ def _different_keys(runs: Sequence[RunFiles]) -> Table:
     """The keys of the configs that are not the same in all; of the run's name only the value tells."""
     flat = [dict(_flat(run.config)) for run in runs]
     keys = [key for key in dict.fromkeys(key for one in flat for key in one) if len({one.get(key) for one in flat}) > 1]
-    rows = [
-        (key, [Cell(cut(one.get(key, "–"), VALUE_CHARACTERS)[0]) for one in flat]) for key in keys[:MOST_KEYS]
-    ]
-    return Table(list(LETTERS[: len(runs)]), rows, len(keys) - len(rows))
+    rows = [(key, [Cell(cut(one.get(key, "–"), VALUE_CHARACTERS)[0]) for one in flat]) for key in keys[:MOST_KEYS]]
+    return Table(list(LETTERS[: len(runs)]), rows, len(keys) - len(rows), texts=True)
 
 
 def _flat(section: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
@@ -110,12 +134,14 @@ def _flat(section: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
         if isinstance(value, dict) and value:
             found += _flat(value, f"{above}{key}.")
         else:
-            found.append((f"{above}{key}", "null" if value is None else str(value)))
+            found.append((f"{above}{key}", "null" if value is None else str(facts.shortest(value))))
     return found
 
 
 def _charts(runs: Sequence[RunFiles]) -> list[Chart]:
-    def chart(identifier: str, title: str, unit: str, lines: Sequence[Sequence[Point]], marked: bool, **how: Any) -> None:
+    def chart(
+        identifier: str, title: str, unit: str, lines: Sequence[Sequence[Point]], marked: bool, **how: Any
+    ) -> None:
         series = [
             Series(LETTERS[index], points, index % COLOURS + 1, dashed=index >= COLOURS, marked=marked)
             for index, points in enumerate(lines)
@@ -123,7 +149,13 @@ def _charts(runs: Sequence[RunFiles]) -> list[Chart]:
         found.append(line_chart(f"curve-{identifier}", title, unit, series, **how))
 
     found: list[Chart | None] = []
-    chart("loss", "Training loss", "mean over targets, in nats", [of_training(run.training, "loss") for run in runs], False)
+    chart(
+        "loss",
+        "Training loss",
+        "mean over targets, in nats",
+        [of_training(run.training, "loss") for run in runs],
+        False,
+    )
     scores = ["loss", *scores_of([line for run in runs for line in run.evaluations])[:MOST_SCORES]]
     for score in scores:
         lines = [of_evaluation(run, "validation", score).points for run in runs]

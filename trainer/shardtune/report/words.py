@@ -96,14 +96,14 @@ def seconds(value: float | None) -> str:
     return f"{many} {name}" + (f" {rest} {name_of_small}" if rest else "")
 
 
-def brief(value: float) -> str:
-    """For the ticks of an axis: 0.25, 1,200, 15k, 2.5M, 1e-5."""
+def brief(value: float, largest: float) -> str:
+    """For the ticks of an axis, by the largest of them: 0.25, 1,200, 15k, 2.5M, 1e-5."""
     size = abs(value)
-    if size >= 10_000:
+    if largest >= 10_000 and size:
         for power, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-            if size >= power:
+            if largest >= power and size >= 0.01 * power:
                 return f"{value / power:.4g}{unit}".replace("-", MINUS)
-    if size and size < 1e-4:
+    if size and (size < 1e-4 or largest < 1e-3):
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}".replace("-", MINUS)
     return f"{value:,.4g}".replace("-", MINUS) if size < 1000 else f"{value:,.0f}".replace("-", MINUS)
