@@ -338,6 +338,11 @@ class Whiskers:
     ticks: list[Tick]
     rows: list[Whisker]
 
+    @property
+    def with_intervals(self) -> bool:
+        """Whether any value has one."""
+        return any(row.low is not None and row.high is not None for row in self.rows)
+
 
 def whiskers(
     identifier: str, title: str, rows: Sequence[tuple[str, float, float | None, float | None, int]]

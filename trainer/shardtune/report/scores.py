@@ -218,12 +218,23 @@ def _sentences(
         "unclear": f"{better}So small a difference may well be chance: these examples do not tell which one is better.",
         "untested": f"{better}Whether that is more than chance was not tested.",
     }[judged.kind]
-    lines = [line + ".", meaning]
+    lines = [line + ".", meaning, *_simpler(part, score, lower, after[0])]
     wins, losses, ties = (finite(part.get(key)) for key in ("wins", "losses", "ties"))
     if wins is not None and losses is not None and ties is not None:
         better_on = plural(wins, "example")
         lines.append(f"{subject} did better on {better_on}, worse on {whole(losses)}, and as well on {whole(ties)}.")
     return lines
+
+
+def _simpler(part: dict[str, Any], score: str, lower: bool, tuned: float) -> list[str]:
+    """Says what does better than tuning, and costs less: examples in the prompt, a first sentence."""
+    others = [name for name in part["variants"] if name not in (part.get("base"), part.get("tuned"), "best")]
+    values = {name: value_of(part, name, score)[0] for name in others if not name.startswith("step-")}
+    better = {n: v for n, v in values.items() if v is not None and (v < tuned if lower else v > tuned)}
+    if not better:
+        return []
+    best = (min if lower else max)(better, key=lambda name: better[name])
+    return [f"A simpler way does better here: {said_of(best, part)}, with {number(better[best])}."]
 
 
 def _table(part: dict[str, Any]) -> Table:
