@@ -17,6 +17,7 @@ import torch
 from shardtune import run_folder
 from shardtune.assemble.earlier import take_over
 from shardtune.assemble.isolation import check_isolation
+from shardtune.assemble.judged import make_judge, take_best, write_comparison
 from shardtune.assemble.optimizers import make_optimizer_recipe
 from shardtune.assemble.parts import (
     DTYPES,
@@ -34,6 +35,7 @@ from shardtune.assemble.steps import Course, make_course, make_stream, make_stre
 from shardtune.assemble.stored import Stored, describe_stored, stored
 from shardtune.assemble.tuned import Tuned, tuned_model
 from shardtune.assemble.words import counted, device_name, facts, last_words
+from shardtune.before_after import before_and_after
 from shardtune.boundary import Boundaries
 from shardtune.checkpoint.names import FOLDER
 from shardtune.checkpoint.reading import Checkpoint
@@ -44,7 +46,6 @@ from shardtune.data.corpus import Corpus
 from shardtune.data.stream import Stream
 from shardtune.errors import NumbersError, ShardtuneError, StorageError
 from shardtune.evaluation import Evaluator
-from shardtune.judging import Judge
 from shardtune.loop import StepReport, train
 from shardtune.optim.schedule import clip_scale, learning_rate, learning_rate_by_time
 from shardtune.progress import Progress
@@ -112,10 +113,10 @@ def train_run(
         reporter = Reporter(
             records, progress, world.device, state, course.total_steps, course.examples_of, config.tracking.every
         )
-        judge = Judge(
-            evaluator, evaluated_splits(prepared, config.evaluation.examples), records, progress, state,
-            course.total_steps, config.evaluation.every,
-        )  # fmt: skip
+        splits = evaluated_splits(prepared, config.evaluation.examples)
+        judge = make_judge(
+            config, folder, world, evaluator, splits, records, progress, state, course.total_steps
+        )
 
         def after_step(report: StepReport) -> None:
             reporter.after_step(report)
@@ -131,12 +132,12 @@ def train_run(
         saver = Saver(
             folder / FOLDER, world, config.checkpoint.keep, config.checkpoint.background,
             snapshots(config, world, state, in_loop, tuned, kind, identity, course.total_steps, beginning.began_from),
-            progress.say,
+            progress.say, judge.best_until,
         )  # fmt: skip
         boundaries = Boundaries(
             state, world, saver, config.checkpoint.every_steps, config.checkpoint.every_seconds,
             config.duration.seconds, stopping.told, lambda: how_to_go_on(folder, state, config.checkpoint.resume),
-            begins_at=state.step if beginning.goes_on else 0,
+            begins_at=state.step if beginning.goes_on else 0, is_best=judge.is_best, is_enough=judge.is_enough,
         )  # fmt: skip
         rate_of = _rate(config, course)
         ends.callback(saver.close)
@@ -144,7 +145,7 @@ def train_run(
         ends.enter_context(_kept_is_said(saver, world))
         begun = time.monotonic()
         stopping.training()
-        if config.evaluation.baseline and course.total_steps != 0 and saved is None:
+        if config.evaluation.baseline and saved is None:
             judge.before_training()
         judge.where_due()
         train(
@@ -158,13 +159,23 @@ def train_run(
         reporter.after_training()
         if not judge.after_training():
             boundaries.stop()
+        chosen = state.step
+        if config.evaluation.best is not None and judge.best is not None:
+            boundaries.settle()
+            chosen = take_best(judge.best, folder, world, state, in_loop, tuned.shapes, progress.say)
+            if chosen != state.step and not judge.of_best():
+                boundaries.stop()
+        comparison = world.first_does(
+            "comparison",
+            lambda: write_comparison(config, folder, judge, splits, prepared.labels, chosen, state.step),
+        )
         for note in write_result(
             folder / "final", tuned.model, strategy, tuned.weights, prepared.tokenizer, prepared.labels,
             tuned.skeleton.stored_dtype, tuned.tuning, tuned.shapes, _updated(rate_of, state, course), world,
         ):  # fmt: skip
             progress.say(f"warning: {note}")
     world.first_does("written", lambda: None)  # nobody leaves before the result is there
-    return last_words(folder, config, judge.before_and_after(), time.monotonic() - begun)
+    return last_words(folder, config, before_and_after(comparison), time.monotonic() - begun)
 
 
 def _trackers(config: Config, folder: Path, world: World, after: int | None) -> list[Tracker]:
