@@ -84,7 +84,7 @@ def test_tensorboards_own_reader_finds_every_value_and_text(tmp_path: Path) -> N
         tracker.scalars(step, values)
     for step, samples in texts.items():
         tracker.texts(step, "validation/predictions", samples)
-    tracker.close()
+    tracker.close({})
 
     reader = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={SCALARS: 0, TENSORS: 0})
     reader.Reload()
@@ -284,7 +284,9 @@ class Full:
 
     def texts(self, step: int, name: str, texts: Any) -> None: ...
 
-    def close(self) -> None:
+    def histograms(self, step: int, values: Any) -> None: ...
+
+    def close(self, final: Any) -> None:
         raise StorageError("full")
 
 

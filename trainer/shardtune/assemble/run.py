@@ -33,6 +33,7 @@ from shardtune.assemble.resuming import FRESH, Beginning
 from shardtune.assemble.saving import how_to_go_on, identify, restore, saved_weights, snapshots, state_of
 from shardtune.assemble.steps import Course, make_course, make_stream, make_stream_course
 from shardtune.assemble.stored import Stored, describe_stored, stored
+from shardtune.assemble.trackers import make_trackers
 from shardtune.assemble.tuned import Tuned, tuned_model
 from shardtune.assemble.words import counted, device_name, facts, last_words
 from shardtune.before_after import before_and_after
@@ -55,7 +56,6 @@ from shardtune.reporting import Reporter
 from shardtune.result import write_result
 from shardtune.state import TrainingState
 from shardtune.stopping import Stopping
-from shardtune.tracking import TensorBoardTracker, Tracker
 from shardtune.world import World
 
 
@@ -105,11 +105,12 @@ def train_run(
         after = state.step if beginning.goes_on else None
         if after is not None:
             world.first_does("predictions", lambda: evaluator.forget_after(after))
-        records = ends.enter_context(Records(folder, world, _trackers(config, folder, world, after), after))
         progress = Progress(
             course.total_steps, state.step, world.is_first, config.tracking.every, limit=config.duration.seconds
         )
         ends.callback(progress.close)
+        trackers = make_trackers(config, folder, world, after, progress.say)
+        records = ends.enter_context(Records(folder, world, trackers, after))
         reporter = Reporter(
             records, progress, world.device, state, course.total_steps, course.examples_of, config.tracking.every
         )
@@ -176,16 +177,6 @@ def train_run(
             progress.say(f"warning: {note}")
     world.first_does("written", lambda: None)  # nobody leaves before the result is there
     return last_words(folder, config, before_and_after(comparison), time.monotonic() - begun)
-
-
-def _trackers(config: Config, folder: Path, world: World, after: int | None) -> list[Tracker]:
-    """Those that the config asks for, started, on the first rank."""
-    trackers: list[Tracker] = []
-    if world.is_first and config.tracking.tensorboard:
-        trackers.append(TensorBoardTracker(folder / "tensorboard", after))
-    for tracker in trackers:
-        tracker.start(config.model_dump(mode="json"))
-    return trackers
 
 
 @contextmanager
