@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from shardtune.best import Best
 from shardtune.evaluation import Evaluator, Judged, Prediction, Split
-from shardtune.overfitting import PARTED, TRAINING, Noise, Watch
+from shardtune.overfitting import PARTED, TRAINING, Noise, Parted, Watch
 from shardtune.progress import Progress
 from shardtune.records import Records
 from shardtune.state import TrainingState
@@ -132,8 +132,10 @@ class Judge:
             judged = self._judged(split, lambda split, advance: self._evaluator.run(f"step-{step}", split, advance))
             if judged is None:
                 return False
-            beside = self._follow(judged.scores) if split.name == WATCHED else {}
+            beside, found = self._follow(judged.scores) if split.name == WATCHED else ({}, None)
             self._write(split, judged, f"at step {step}", None, beside)
+            if found is not None:
+                self._progress.say(f"warning: {found}")
         return True
 
     def _contend(self, contender: Contender, splits: Sequence[Split] | None = None) -> bool:
@@ -171,8 +173,9 @@ class Judge:
         else:
             self.contended[split][of] = step, scores
 
-    def _follow(self, scores: dict[str, float]) -> dict[str, float]:
-        """What an evaluation of validation means for the rest of training; returns what its line is to say beside."""
+    def _follow(self, scores: dict[str, float]) -> tuple[dict[str, float], Parted | None]:
+        """What an evaluation of validation means for the rest of training: what its line is to say beside, and a
+        warning."""
         state, beside = self._state, dict[str, float]()
         training = state.recent_loss / state.recent_steps if state.recent_steps else None
         state.recent_loss, state.recent_steps = 0.0, 0
@@ -183,8 +186,7 @@ class Judge:
         found = self._watch.judged(state.step, scores["loss"], training) if "loss" in scores else None
         if found is not None:
             beside[PARTED] = found.lowest.step
-            self._progress.say(f"warning: {found}")
-        return beside
+        return beside, found
 
 
 def _as_text(prediction: Prediction) -> str:

@@ -85,7 +85,7 @@ def take_best(
             reasons = [f"{path}: is not there any more"]
         if not reasons:
             take(open_checkpoint(path), strategy, shapes)
-            say(f"{folder / 'final'} is made of step {step:,}, the best by {best.score} of validation")
+            say(f"the weights of step {step:,}, the best by {best.score} of validation, are those of {folder / 'final'}")
             return step
         say(f"warning: step {step:,} is the best by {best.score}, but the next best is taken:\n  " + "\n  ".join(reasons))
     return state.step
