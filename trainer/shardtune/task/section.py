@@ -51,8 +51,6 @@ class TaskSection(Section):
     """What the model ends in, of `heads.HEADS`."""
     packs: ClassVar[bool] = True
     """Whether examples can share a row, so that `data.batching: packed` works."""
-    scores: ClassVar[tuple[str, ...]]
-    """The metrics that fit what the task predicts."""
 
     @property
     @abstractmethod
@@ -63,6 +61,11 @@ class TaskSection(Section):
     @abstractmethod
     def fields(self) -> Fields:
         """Which fields of a row make an example."""
+
+    @property
+    @abstractmethod
+    def scores(self) -> tuple[str, ...]:
+        """The metrics that fit what the task predicts."""
 
     @property
     @abstractmethod
