@@ -4,6 +4,8 @@ import json
 import random
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -123,37 +125,40 @@ class Scores:
         return Judged({"loss": self.losses[step]}, [])
 
 
-def judge_of(folder: Path, evaluator: Scores, state: TrainingState, after: int | None, patience: int = 2) -> Judge:
+@contextmanager
+def judging(folder: Path, evaluator: Scores, state: TrainingState, after: int | None) -> Iterator[Judge]:
     nothing: Any = None
     splits = [Split(name, nothing, 5, []) for name in ("validation", "test")]
-    records = Records(folder, ALONE, [], after)
-    best, quiet = Best("loss", True, patience), Progress(None, 0, False, 4, limit=120.0)
+    best, quiet = Best("loss", True, 3), Progress(None, 0, False, 4, limit=120.0)
     known: Any = evaluator
-    return Judge(known, splits, records, quiet, state, None, 1, best, keeps=True)
+    with Records(folder, ALONE, [], after) as records:
+        yield Judge(known, splits, records, quiet, state, None, 1, best, keeps=True)
+
+
+def train(judge: Judge, state: TrainingState, first: int, last: int) -> None:
+    for step in range(first, last + 1):
+        state.step, state.recent_loss, state.recent_steps = step, 6.0 - step, 1
+        judge.where_due()
+        assert judge.is_best() == (step <= 2)
+        assert judge.best_until(1) == 1
+        assert judge.is_enough() == (step == 5)
 
 
 @pytest.mark.parametrize("cut", [0, 1, 2, 3, 4, 5])
 def test_nothing_is_judged_twice_and_nothing_is_forgotten(tmp_path: Path, cut: int) -> None:
     """A run that goes on after any step ends as the one that was not interrupted."""
     evaluator, state = Scores([5.0, 4.0, 3.0, 3.5, 3.75, 9.0]), TrainingState()
-    judge = judge_of(tmp_path, evaluator, state, None, patience=3)
     contender = Contender("lead", lambda split, advance: evaluator.run("lead", split, advance))
-    assert judge.before_training([contender])
-    for step in range(1, 6):
-        if cut == step - 1:
-            judge = judge_of(tmp_path, evaluator, state, cut, patience=3)
-            judge.where_due()
-        state.step, state.recent_loss, state.recent_steps = step, 6.0 - step, 1
+    with judging(tmp_path, evaluator, state, None) as judge:
+        assert judge.before_training([contender])
+        train(judge, state, 1, cut)
+    with judging(tmp_path, evaluator, state, cut) as judge:
         judge.where_due()
-        assert judge.is_best() == (step <= 2)
-        assert judge.best_until(1) == 1
-        assert judge.is_enough() == (step == 5)
-    assert judge.after_training()
-    if cut == 5:
-        judge = judge_of(tmp_path, evaluator, state, cut, patience=3)
-        assert judge.after_training()
-    assert judge.of_best()
-    assert judge.of_best()
+        train(judge, state, cut + 1, 5)
+        assert judge.is_enough()
+        for _ in range(2):
+            assert judge.after_training()
+            assert judge.of_best()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     steps = [f"step-{step}-validation" for step in range(1, 6)]
     wanted = ["step-0-validation", "step-0-test", "lead-validation", "lead-test", *steps, "step-5-test", "best-test"]
