@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from shardtune.evaluation import Evaluator, Prediction, Split
+from shardtune.evaluation import SPEEDS, Evaluator, Prediction, Split
 from shardtune.progress import Progress
 from shardtune.records import Records
 from shardtune.state import TrainingState
@@ -39,7 +39,7 @@ class Judge:
         """Of the model as it was at each step; the same on every rank."""
         for line in records.evaluations:
             if line["split"] in self._history and "of" not in line:
-                scores = {key: value for key, value in line.items() if key not in ("step", "split")}
+                scores = {key: value for key, value in line.items() if key not in ("step", "split", *SPEEDS)}
                 self._history[line["split"]].append((line["step"], scores))
 
     def before_training(self) -> bool:
@@ -76,13 +76,15 @@ class Judge:
             if history and history[-1][0] == step:
                 continue
             with self._progress.evaluating(split.name, split.examples) as advance:
-                judged = self._evaluator.run(step, split, advance)
+                judged = self._evaluator.run(f"step-{step}", split, advance)
             if judged is None:
                 self._progress.say(f"{split.name} at step {step} left out: the run was told to stop")
                 return False
             history.append((step, judged.scores))
             shown = [_as_text(prediction) for prediction in judged.predictions[:SHOWN_PREDICTIONS]]
-            self._records.evaluation(step, split.name, judged.scores, shown=shown)
+            for note in judged.notes:
+                self._progress.say(note)
+            self._records.evaluation(step, split.name, judged.scores | judged.speeds, shown=shown)
             figures = "  ".join(f"{key} {value:.4f}" for key, value in judged.scores.items())
             self._progress.say(f"{split.name} at step {step}  {figures}")
         return True
