@@ -17,7 +17,7 @@ def before_and_after(comparison: Mapping[str, Any]) -> str:
     rows = [row for split, of_split in comparison.items() for row in _rows(split, of_split)]
     if not rows:
         return ""
-    lines = [table(rows, ["split", "metric", "before", "after", "difference, with 95 % interval"])]
+    lines = [table(rows, ["split", "metric", "before", "after", "difference (95 % interval)"])]
     if any(row[-1].endswith("*") for row in rows):
         lines.append(f"* by the paired test more than chance (p < {SIGNIFICANT:g})")
     others = [row for split, of_split in comparison.items() for row in _others(split, of_split)]
@@ -59,8 +59,13 @@ def _difference(test: Mapping[str, Any] | None) -> str:
 
 
 def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+    return "-" if value is None else f"{value:.{_digits(value)}f}"
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.4f}"
+    return f"{value:+.{_digits(value)}f}"
+
+
+def _digits(value: float) -> int:
+    """After the point: a line stays within 80 columns."""
+    return 4 if abs(value) < 10 else 2

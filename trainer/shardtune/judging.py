@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from shardtune.best import Best
-from shardtune.evaluation import Evaluator, Judged, Prediction, Split
+from shardtune.evaluation import SPEEDS, Contender, Evaluator, Judged, Prediction, Split
 from shardtune.overfitting import PARTED, TRAINING, Noise, Parted, Watch
 from shardtune.progress import Progress
 from shardtune.records import Records
@@ -18,16 +17,8 @@ WATCHED = "validation"
 """The split that decides which step is the best, and when training has gone on for too long."""
 BEST = "best"
 """What the model of the best step is called, where it is judged after later steps."""
-NO_SCORES = ("step", "split", "of", TRAINING, PARTED)
+NO_SCORES = ("step", "split", "of", *SPEEDS, TRAINING, PARTED)
 """Of an evaluation line."""
-
-
-class Contender(NamedTuple):
-    """Something else than the model as it is at a step, that it is compared with."""
-
-    name: str
-    judge: Callable[[Split, Callable[[int], None]], Judged | None]
-    """As `Evaluator.run`, for that name."""
 
 
 class Judge:
@@ -150,9 +141,7 @@ class Judge:
             self._write(split, judged, f"by {contender.name}", contender.name, {})
         return True
 
-    def _judged(
-        self, split: Split, judge: Callable[[Split, Callable[[int], None]], Judged | None]
-    ) -> Judged | None:
+    def _judged(self, split: Split, judge: Callable[[Split, Callable[[int], None]], Judged | None]) -> Judged | None:
         with self._progress.evaluating(split.name, split.examples) as advance:
             judged = judge(split, advance)
         if judged is None:
@@ -162,8 +151,10 @@ class Judge:
     def _write(self, split: Split, judged: Judged, when: str, of: str | None, beside: dict[str, float]) -> None:
         step = self._state.step
         self._know(split.name, step, judged.scores, of)
+        for note in judged.notes:
+            self._progress.say(note)
         shown = [_as_text(prediction) for prediction in judged.predictions[:SHOWN_PREDICTIONS]]
-        self._records.evaluation(step, split.name, {**judged.scores, **beside}, of=of, shown=shown)
+        self._records.evaluation(step, split.name, judged.scores | judged.speeds | beside, of=of, shown=shown)
         figures = "  ".join(f"{key} {value:.4f}" for key, value in judged.scores.items())
         self._progress.say(f"{split.name} {when}  {figures}")
 

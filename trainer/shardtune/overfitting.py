@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,7 +84,7 @@ def parted(course: Sequence[Losses], noise: Noise) -> Parted | None:
         return None
     at = min(range(len(course)), key=lambda index: course[index].validation)
     lowest, now, recent = course[at], course[-1], course[-IN_A_ROW - 1 :]
-    rises = all(later.validation > before.validation for before, later in zip(recent, recent[1:], strict=False))
+    rises = all(later.validation > before.validation for before, later in pairwise(recent))
     found = _parted(course[at:])
     if not rises or at > len(course) - 1 - IN_A_ROW or found is None or found.trained <= (now.training or 0.0):
         return None

@@ -32,6 +32,8 @@ from shardtune.world import World
 
 STATISTICS = "statistics"
 """The folder of each example's statistics, in the run's folder."""
+LOSSES = ("loss", "perplexity")
+"""Scores that say less of single examples than those of predictions."""
 COMPARISON = "comparison.json"
 
 
@@ -85,9 +87,14 @@ def take_best(
             reasons = [f"{path}: is not there any more"]
         if not reasons:
             take(open_checkpoint(path), strategy, shapes)
-            say(f"the weights of step {step:,}, the best by {best.score} of validation, are those of {folder / 'final'}")
+            say(
+                f"the weights of step {step:,}, the best by {best.score} of validation, are those of {folder / 'final'}"
+            )
             return step
-        say(f"warning: step {step:,} is the best by {best.score}, but the next best is taken:\n  " + "\n  ".join(reasons))
+        say(
+            f"warning: step {step:,} is the best by {best.score}, but the next best is taken:\n  "
+            + "\n  ".join(reasons)
+        )
     return state.step
 
 
@@ -106,6 +113,7 @@ def write_comparison(
 
     `chosen`: the step that the result is of. Raises StorageError.
     """
+    main = config.evaluation.best if config.evaluation.best not in LOSSES else None
     scorer, found = Scorer(metric_names(config), labels), {}
     for split in splits:
         base, tuned = sides(judge, split.name, chosen, last)
@@ -121,7 +129,7 @@ def write_comparison(
         lengths = split.table.lengths[: split.examples, 0].tolist()
         found[split.name] = {
             **compare(
-                scorer, statistics, tuned, base if base in statistics else None, config.evaluation.best,
+                scorer, statistics, tuned, base if base in statistics else None, main,
                 lengths=lengths, fields=fields, seed=config.seed,
             ),
             "step": chosen,

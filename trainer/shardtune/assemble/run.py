@@ -16,6 +16,7 @@ import torch
 
 from shardtune import run_folder
 from shardtune.assemble.earlier import take_over
+from shardtune.assemble.evaluators import make_evaluator
 from shardtune.assemble.isolation import check_isolation
 from shardtune.assemble.judged import make_judge, take_best, write_comparison
 from shardtune.assemble.optimizers import make_optimizer_recipe
@@ -23,9 +24,7 @@ from shardtune.assemble.parts import (
     DTYPES,
     check_device,
     choose_strategy,
-    judged_at_once,
     make_strategy,
-    metric_names,
 )
 from shardtune.assemble.prepared import Prepared, evaluated_splits, keep_tokenizer, prepare
 from shardtune.assemble.resumable import config_of
@@ -46,7 +45,6 @@ from shardtune.config_file import dump_config
 from shardtune.data.corpus import Corpus
 from shardtune.data.stream import Stream
 from shardtune.errors import NumbersError, ShardtuneError, StorageError
-from shardtune.evaluation import Evaluator
 from shardtune.loop import StepReport, train
 from shardtune.optim.schedule import clip_scale, learning_rate, learning_rate_by_time
 from shardtune.progress import Progress
@@ -98,10 +96,7 @@ def train_run(
     environment["stored_bytes"] = [Stored(*rank)._asdict() for rank in held]
     with ExitStack() as ends:
         ends.enter_context(_taken(folder, config, world, prepared, beginning, environment))
-        evaluator = Evaluator(
-            prepared.task, strategy, world, metric_names(config), config.evaluation.max_new_tokens,
-            config.evaluation.beams, judged_at_once(config.batch), folder / "predictions", stopping.told,
-        )  # fmt: skip
+        evaluator = make_evaluator(config, prepared.task, strategy, world, prepared.labels, folder, stopping.told)
         after = state.step if beginning.goes_on else None
         if after is not None:
             world.first_does("predictions", lambda: evaluator.forget_after(after))
@@ -115,9 +110,7 @@ def train_run(
             records, progress, world.device, state, course.total_steps, course.examples_of, config.tracking.every
         )
         splits = evaluated_splits(prepared, config.evaluation.examples)
-        judge = make_judge(
-            config, folder, world, evaluator, splits, records, progress, state, course.total_steps
-        )
+        judge = make_judge(config, folder, world, evaluator, splits, records, progress, state, course.total_steps)
 
         def after_step(report: StepReport) -> None:
             reporter.after_step(report)

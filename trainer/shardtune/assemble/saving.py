@@ -28,7 +28,6 @@ from shardtune.state import TrainingState
 from shardtune.strategy.parameters import trained_parameters
 from shardtune.world import World
 
-
 LATER = ("recent_loss", "recent_steps")
 """Of the state, what checkpoints did not have at first."""
 
