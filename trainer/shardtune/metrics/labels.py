@@ -67,7 +67,7 @@ class LabelMetric(SummedMetric):
                 found[row, index, [column.get(label, -1) for label in some]] = 1
             if predicted - column.keys() != expected - column.keys():
                 found[row, 0, -1] = 0
-        return found.reshape(len(first), -1)
+        return found.reshape(len(first), 3 * (len(labels) + 1))
 
     def parts(self, sums: Floats) -> tuple[Floats, Floats, Floats]:
         """How often each label was right, predicted, expected: each [..., labels + 1]."""
