@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -44,16 +44,21 @@ from shardtune.config import Config
 from shardtune.config_file import dump_config
 from shardtune.data.corpus import Corpus
 from shardtune.data.stream import Stream
+from shardtune.devices import peak_flops
 from shardtune.errors import NumbersError, ShardtuneError, StorageError
+from shardtune.flops import work_of
+from shardtune.gradient_histograms import GradientHistograms
 from shardtune.loop import StepReport, train
 from shardtune.optim.schedule import clip_scale, learning_rate, learning_rate_by_time
 from shardtune.progress import Progress
 from shardtune.protocols import Strategy
+from shardtune.rank_figures import RankFigures
 from shardtune.records import Records
 from shardtune.reporting import Reporter
 from shardtune.result import write_result
 from shardtune.state import TrainingState
 from shardtune.stopping import Stopping
+from shardtune.strategy.parameters import trained_parameters
 from shardtune.world import World
 
 
@@ -80,7 +85,8 @@ def train_run(
     # One rank decides: cards may differ, and all must choose alike.
     dtype = DTYPES[config.model.dtype]
     kind = world.first_does("strategy", lambda: choose_strategy(config.strategy, tuned.model, world, dtype))
-    said = facts(config, world, prepared, tuned, kind)
+    said, work = facts(config, world, prepared, tuned, kind), work_of(tuned.model)
+    trained = [name for name, _ in trained_parameters(tuned.model)]
     strategy = _placed(config, world, prepared, tuned, kind, saved)
     state = state_of(saved) if saved is not None else TrainingState()
     course, stream = _course(config, world, prepared, state.step)
@@ -106,9 +112,11 @@ def train_run(
         ends.callback(progress.close)
         trackers = make_trackers(config, folder, world, after, progress.say)
         records = ends.enter_context(Records(folder, world, trackers, after))
+        ranks = RankFigures(world, strategy.in_step, records.joules)
         reporter = Reporter(
-            records, progress, world.device, state, course.total_steps, course.examples_of, config.tracking.every
-        )
+            records, progress, world.device, state, course.total_steps, course.examples_of, config.tracking.every,
+            ranks, work, [peak_flops(name, config.model.dtype) for name in devices],
+        )  # fmt: skip
         splits = evaluated_splits(prepared, config.evaluation.examples)
         judge = make_judge(config, folder, world, evaluator, splits, records, progress, state, course.total_steps)
 
@@ -133,6 +141,10 @@ def train_run(
             config.duration.seconds, stopping.told, lambda: how_to_go_on(folder, state, config.checkpoint.resume),
             begins_at=state.step if beginning.goes_on else 0, is_best=judge.is_best, is_enough=judge.is_enough,
         )  # fmt: skip
+        if config.tracking.histograms is not None:
+            in_loop = cast(Strategy, GradientHistograms(
+                in_loop, trained, config.tracking.histograms, lambda: state.step, world, records.histograms
+            ))  # fmt: skip
         rate_of = _rate(config, course)
         ends.callback(saver.close)
         ends.callback(course.steps.close)
@@ -145,7 +157,7 @@ def train_run(
         train(
             state, sys.maxsize if course.total_steps is None else course.total_steps, course.steps, task, in_loop,
             world, rate_of, functools.partial(clip_scale, max_grad_norm=config.optimizer.max_grad_norm),
-            boundaries, after_step,
+            boundaries, ranks, after_step,
         )  # fmt: skip
         boundaries.end()
         if stream is not None and stream.noted:
