@@ -24,10 +24,13 @@ class Records:
         self._final: dict[str, float] = {}
         self.evaluations: list[dict[str, Any]] = []
         """The lines of evaluations that were there and stay, on every rank."""
+        self.joules = 0.0
+        """What devices had used by the last line that was there and stays; on the first rank."""
 
         def opened() -> list[dict[str, Any]]:
             self._file = MetricsFile(folder / "metrics.jsonl", after)
             for line in self._file.kept:
+                self.joules = line.get("energy_joules", self.joules)
                 if "split" in line:
                     self._remember({key: line[key] for key in line if key not in ("step", "split", "of")}, line)
             return [line for line in self._file.kept if "split" in line]

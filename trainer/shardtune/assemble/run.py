@@ -10,21 +10,21 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from shardtune import run_folder
 from shardtune.assemble.earlier import take_over
+from shardtune.assemble.evaluators import make_evaluator
 from shardtune.assemble.isolation import check_isolation
+from shardtune.assemble.judged import make_judge, take_best, write_comparison
 from shardtune.assemble.optimizers import make_optimizer_recipe
 from shardtune.assemble.parts import (
     DTYPES,
     check_device,
     choose_strategy,
-    judged_at_once,
     make_strategy,
-    metric_names,
 )
 from shardtune.assemble.prepared import Prepared, evaluated_splits, keep_tokenizer, prepare
 from shardtune.assemble.resumable import config_of
@@ -35,6 +35,7 @@ from shardtune.assemble.stored import Stored, describe_stored, stored
 from shardtune.assemble.trackers import make_trackers
 from shardtune.assemble.tuned import Tuned, tuned_model
 from shardtune.assemble.words import counted, device_name, facts, last_words
+from shardtune.before_after import before_and_after
 from shardtune.boundary import Boundaries
 from shardtune.checkpoint.names import FOLDER
 from shardtune.checkpoint.reading import Checkpoint
@@ -43,18 +44,21 @@ from shardtune.config import Config
 from shardtune.config_file import dump_config
 from shardtune.data.corpus import Corpus
 from shardtune.data.stream import Stream
+from shardtune.devices import peak_flops
 from shardtune.errors import NumbersError, ShardtuneError, StorageError
-from shardtune.evaluation import Evaluator
-from shardtune.judging import Judge
+from shardtune.flops import work_of
+from shardtune.gradient_histograms import GradientHistograms
 from shardtune.loop import StepReport, train
 from shardtune.optim.schedule import clip_scale, learning_rate, learning_rate_by_time
 from shardtune.progress import Progress
 from shardtune.protocols import Strategy
+from shardtune.rank_figures import RankFigures
 from shardtune.records import Records
 from shardtune.reporting import Reporter
 from shardtune.result import write_result
 from shardtune.state import TrainingState
 from shardtune.stopping import Stopping
+from shardtune.strategy.parameters import trained_parameters
 from shardtune.world import World
 
 
@@ -81,7 +85,8 @@ def train_run(
     # One rank decides: cards may differ, and all must choose alike.
     dtype = DTYPES[config.model.dtype]
     kind = world.first_does("strategy", lambda: choose_strategy(config.strategy, tuned.model, world, dtype))
-    said = facts(config, world, prepared, tuned, kind)
+    said, work = facts(config, world, prepared, tuned, kind), work_of(tuned.model)
+    trained = [name for name, _ in trained_parameters(tuned.model)]
     strategy = _placed(config, world, prepared, tuned, kind, saved)
     state = state_of(saved) if saved is not None else TrainingState()
     course, stream = _course(config, world, prepared, state.step)
@@ -97,10 +102,7 @@ def train_run(
     environment["stored_bytes"] = [Stored(*rank)._asdict() for rank in held]
     with ExitStack() as ends:
         ends.enter_context(_taken(folder, config, world, prepared, beginning, environment))
-        evaluator = Evaluator(
-            prepared.task, strategy, world, metric_names(config), config.evaluation.max_new_tokens,
-            config.evaluation.beams, judged_at_once(config.batch), folder / "predictions", stopping.told,
-        )  # fmt: skip
+        evaluator = make_evaluator(config, prepared.task, strategy, world, prepared.labels, folder, stopping.told)
         after = state.step if beginning.goes_on else None
         if after is not None:
             world.first_does("predictions", lambda: evaluator.forget_after(after))
@@ -110,13 +112,13 @@ def train_run(
         ends.callback(progress.close)
         trackers = make_trackers(config, folder, world, after, progress.say)
         records = ends.enter_context(Records(folder, world, trackers, after))
+        ranks = RankFigures(world, strategy.in_step, records.joules)
         reporter = Reporter(
-            records, progress, world.device, state, course.total_steps, course.examples_of, config.tracking.every
-        )
-        judge = Judge(
-            evaluator, evaluated_splits(prepared, config.evaluation.examples), records, progress, state,
-            course.total_steps, config.evaluation.every,
+            records, progress, world.device, state, course.total_steps, course.examples_of, config.tracking.every,
+            ranks, work, [peak_flops(name, config.model.dtype) for name in devices],
         )  # fmt: skip
+        splits = evaluated_splits(prepared, config.evaluation.examples)
+        judge = make_judge(config, folder, world, evaluator, splits, records, progress, state, course.total_steps)
 
         def after_step(report: StepReport) -> None:
             reporter.after_step(report)
@@ -132,26 +134,30 @@ def train_run(
         saver = Saver(
             folder / FOLDER, world, config.checkpoint.keep, config.checkpoint.background,
             snapshots(config, world, state, in_loop, tuned, kind, identity, course.total_steps, beginning.began_from),
-            progress.say,
+            progress.say, judge.best_until,
         )  # fmt: skip
         boundaries = Boundaries(
             state, world, saver, config.checkpoint.every_steps, config.checkpoint.every_seconds,
             config.duration.seconds, stopping.told, lambda: how_to_go_on(folder, state, config.checkpoint.resume),
-            begins_at=state.step if beginning.goes_on else 0,
+            begins_at=state.step if beginning.goes_on else 0, is_best=judge.is_best, is_enough=judge.is_enough,
         )  # fmt: skip
+        if config.tracking.histograms is not None:
+            in_loop = cast(Strategy, GradientHistograms(
+                in_loop, trained, config.tracking.histograms, lambda: state.step, world, records.histograms
+            ))  # fmt: skip
         rate_of = _rate(config, course)
         ends.callback(saver.close)
         ends.callback(course.steps.close)
         ends.enter_context(_kept_is_said(saver, world))
         begun = time.monotonic()
         stopping.training()
-        if config.evaluation.baseline and course.total_steps != 0 and saved is None:
+        if config.evaluation.baseline and saved is None:
             judge.before_training()
         judge.where_due()
         train(
             state, sys.maxsize if course.total_steps is None else course.total_steps, course.steps, task, in_loop,
             world, rate_of, functools.partial(clip_scale, max_grad_norm=config.optimizer.max_grad_norm),
-            boundaries, after_step,
+            boundaries, ranks, after_step,
         )  # fmt: skip
         boundaries.end()
         if stream is not None and stream.noted:
@@ -159,13 +165,23 @@ def train_run(
         reporter.after_training()
         if not judge.after_training():
             boundaries.stop()
+        chosen = state.step
+        if config.evaluation.best is not None and judge.best is not None:
+            boundaries.settle()
+            chosen = take_best(judge.best, folder, world, state, in_loop, tuned.shapes, progress.say)
+            if chosen != state.step and not judge.of_best():
+                boundaries.stop()
+        comparison = world.first_does(
+            "comparison",
+            lambda: write_comparison(config, folder, judge, splits, prepared.labels, chosen, state.step),
+        )
         for note in write_result(
             folder / "final", tuned.model, strategy, tuned.weights, prepared.tokenizer, prepared.labels,
             tuned.skeleton.stored_dtype, tuned.tuning, tuned.shapes, _updated(rate_of, state, course), world,
         ):  # fmt: skip
             progress.say(f"warning: {note}")
     world.first_does("written", lambda: None)  # nobody leaves before the result is there
-    return last_words(folder, config, judge.before_and_after(), time.monotonic() - begun)
+    return last_words(folder, config, before_and_after(comparison), time.monotonic() - begun)
 
 
 @contextmanager

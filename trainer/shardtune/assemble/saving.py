@@ -28,6 +28,9 @@ from shardtune.state import TrainingState
 from shardtune.strategy.parameters import trained_parameters
 from shardtune.world import World
 
+LATER = ("recent_loss", "recent_steps")
+"""Of the state, what checkpoints did not have at first."""
+
 
 class Identity(NamedTuple):
     """What a checkpoint's state has a meaning for, beside the config."""
@@ -92,8 +95,9 @@ def snapshots(
 
 def state_of(saved: Checkpoint) -> TrainingState:
     """Where the saved run was. Raises CheckpointError where that is not said."""
-    fields = {field.name: type(field.default) for field in dataclasses.fields(TrainingState)}
-    found = {name: saved.state.get(name) for name in fields}
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainingState)}
+    fields = {name: type(default) for name, default in defaults.items()}
+    found = {name: saved.state.get(name, defaults[name] if name in LATER else None) for name in fields}
     for name, kind in fields.items():
         if type(found[name]) is not kind:
             raise CheckpointError(f"{saved.folder}: its state.json has no usable {name}: {found[name]!r}")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from shardtune.errors import StorageError
-from shardtune.evaluation.judged import AS_IT_IS, Judged, Prediction, Split, Way
+from shardtune.evaluation.judged import AS_IT_IS, SPEEDS, Judged, Prediction, Split, Way
 from shardtune.evaluation.results import Results
 from shardtune.metrics import Scorer
 from shardtune.protocols import Generation, Strategy, Task, Text
@@ -188,10 +188,8 @@ class _Gathered:
             self.results.abandon()
             raise self.failure
         scores = self._scorer.scores(self.results.finish())
-        speeds = {"examples_per_second": self._examples / seconds}
-        if self._tokens:
-            speeds["generated_tokens_per_second"] = self._tokens / seconds
-        return {"scores": scores, "speeds": speeds}
+        speeds = [self._examples / seconds, *([self._tokens / seconds] if self._tokens else [])]
+        return {"scores": scores, "speeds": dict(zip(SPEEDS, speeds, strict=False))}
 
 
 def in_batches(lengths: NDArray[np.int64], most: int) -> list[NDArray[np.int64]]:

@@ -32,6 +32,10 @@ class Prediction(NamedTuple):
     prediction: str
 
 
+SPEEDS = ("examples_per_second", "generated_tokens_per_second")
+"""Figures of an evaluation's line that say nothing of the model's quality."""
+
+
 class Judged(NamedTuple):
     """What the judgement of a split gave."""
 
@@ -40,7 +44,7 @@ class Judged(NamedTuple):
     predictions: list[Prediction]
     """The first ones of the split, on the first rank; empty elsewhere, and where the task writes none."""
     speeds: dict[str, float]
-    """examples_per_second, and generated_tokens_per_second where texts are written; on every rank."""
+    """SPEEDS, the second where texts are generated; on every rank."""
     notes: Sequence[str] = ()
     """To be said: how the model was judged, where that is not as it was last time."""
 

@@ -60,7 +60,8 @@ class Results:
     def _add_lines(self, positions: Sequence[int], predictions: Sequence[Prediction]) -> None:
         if self._lines is None:
             self._texts.parent.mkdir(parents=True, exist_ok=True)
-            self._lines = self._ends.enter_context(tempfile.TemporaryFile(dir=self._texts.parent))
+            file = tempfile.TemporaryFile(dir=self._texts.parent)  # noqa: SIM115
+            self._lines = self._ends.enter_context(file)
         for position, prediction in zip(positions, predictions, strict=True):
             begin = self._lines.tell()
             self._lines.write(json.dumps(prediction._asdict(), ensure_ascii=False).encode() + b"\n")
