@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from browser import PROGRAM, Browser
 from report_runs import write_json, write_lines, write_run
-from tiny import tiny_config, write_rows
-
 from shardtune.assemble.data import read_texts
 from shardtune.assemble.data_statistics import data_statistics, write_data_statistics
 from shardtune.assemble.prepared import prepare
@@ -29,6 +28,7 @@ from shardtune.report import write_report
 from shardtune.report.charts import MOST_POINTS, thinned
 from shardtune.report.page import MOST_BYTES
 from shardtune.world import World
+from tiny import tiny_config, write_rows
 
 HOSTILE = "</script><script>alert('1')</script><img src=//evil.example/x onerror=alert(2)>\"'&amp;{{ 7*7 }}\x00"
 STYLE = Path(write_report.__code__.co_filename).parent / "templates" / "style.css"
@@ -120,7 +120,9 @@ def test_the_page_says_first_what_tuning_did_and_whether_that_is_sure(
         "empty target 17", "length: 12–120",
     ):  # fmt: skip
         assert said in rest, said
-    titles = [text for text in page.texts if text in ("Loss", "Learning rate", "Gradient norm", "Speed", "Padding", "Memory")]
+    titles = [
+        text for text in page.texts if text in ("Loss", "Learning rate", "Gradient norm", "Speed", "Padding", "Memory")
+    ]
     assert set(titles) == {"Loss", "Learning rate", "Gradient norm", "Speed", "Padding", "Memory"}
 
 
@@ -170,7 +172,9 @@ def test_what_a_run_says_is_text_whatever_it_holds(tmp_path: Path) -> None:
 def _with_hostile_names(value: Any) -> Any:
     if isinstance(value, dict):
         return {
-            key if key in _KNOWN else key + HOSTILE: _with_hostile_names(one) if key not in ("base", "tuned", "metric") else one
+            key if key in _KNOWN else key + HOSTILE: _with_hostile_names(one)
+            if key not in ("base", "tuned", "metric")
+            else one
             for key, one in value.items()
         }
     if isinstance(value, list):
@@ -220,7 +224,7 @@ def test_a_run_of_no_steps_and_one_that_was_cut_off_in_a_line(tmp_path: Path) ->
     assert "On validation, rougeL is 0." in page.text
     assert "There is nothing to compare it with." in page.text
     (run / "metrics.jsonl").write_text("".join(lines[:8]) + '{"step": 5, "loss": 1.2')
-    assert "up to" not in report_of(run).text
+    assert not [text for text in report_of(run).texts if "cannot" in text]
     (run / "metrics.jsonl").write_text("".join(lines[:4]) + '{"step": 3, "loss": null, "grad_norm": null}\n')
     assert "The loss was not finite at step 3." in report_of(run).text
 
@@ -229,12 +233,16 @@ def test_a_run_of_no_steps_and_one_that_was_cut_off_in_a_line(tmp_path: Path) ->
 def test_strange_files_cost_a_section_and_never_the_page(tmp_path: Path, seed: int) -> None:
     rng = random.Random(seed)
     run = write_run(tmp_path / "run", steps=20)
-    whole = {name: json.loads((run / name).read_text()) for name in ("comparison.json", "data.json", "environment.json")}
+    whole = {
+        name: json.loads((run / name).read_text()) for name in ("comparison.json", "data.json", "environment.json")
+    }
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for _ in range(25):
         for name, value in whole.items():
             write_json(run / name, _damaged(copy.deepcopy(value), rng))
-        write_lines(run / "metrics.jsonl", [_damaged(dict(line), rng) if rng.random() < 0.1 else line for line in lines])
+        write_lines(
+            run / "metrics.jsonl", [_damaged(dict(line), rng) if rng.random() < 0.1 else line for line in lines]
+        )
         check_self_contained(report_of(run), (run / "report.html").read_text())
     (run / "comparison.json").write_bytes(b"\xff\xfe{")
     (run / "config.yaml").write_text("[1, 2")
@@ -254,7 +262,7 @@ def test_the_page_stays_small_and_lines_short_however_long_the_run_and_its_texts
     run = write_run(tmp_path / "run", steps=30_000)
     for path in run.glob("predictions/*.jsonl"):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        write_lines(path, [{key: "<&'\"" * 30_000 for key in line} for line in lines[:40]])
+        write_lines(path, [dict.fromkeys(line, "<&'\"" * 30000) for line in lines[:40]])
     found = json.loads((run / "comparison.json").read_text())
     for part in found.values():
         part["differences"] = [{"position": i, "difference": 1.0 - i / 10} for i in range(20)]
@@ -267,6 +275,7 @@ def test_the_page_stays_small_and_lines_short_however_long_the_run_and_its_texts
     page = report_of(run)
     assert (run / "report.html").stat().st_size <= MOST_BYTES
     assert "more characters are left out" in page.text
+    assert "cannot be shown" not in page.text
     assert "Texts are cut at" in page.text
     assert max(len(points.split()) for points in page.of("points")) <= MOST_POINTS
     assert "and 49,980 more" in page.text or "and 49980 more" in page.text
@@ -288,7 +297,10 @@ def test_thinned_lines_keep_their_ends_and_their_least_and_largest_values() -> N
 
 def test_texts_and_lines_stand_out_from_what_they_are_on_in_light_and_dark() -> None:
     """Contrast as WCAG 2.2 has it: 4.5 for texts, 3 for lines."""
-    palettes = [dict(re.findall(r"--([\w-]+): (#\w{6})", part)) for part in re.findall(r":root \{(.*?)\}", STYLE.read_text(), re.S)]
+    palettes = [
+        dict(re.findall(r"--([\w-]+): (#\w{6})", part))
+        for part in re.findall(r":root \{(.*?)\}", STYLE.read_text(), re.S)
+    ]
     assert len(palettes) == 3  # light, dark, print
 
     def luminance(colour: str) -> float:
@@ -313,7 +325,10 @@ def test_texts_and_lines_stand_out_from_what_they_are_on_in_light_and_dark() -> 
 
 
 def test_the_command_writes_the_page_anew_without_torch(tmp_path: Path) -> None:
-    run, other = write_run(tmp_path / "runs" / "first", "first"), write_run(tmp_path / "runs" / "second", "second", seed=1)
+    run, other = (
+        write_run(tmp_path / "runs" / "first", "first"),
+        write_run(tmp_path / "runs" / "second", "second", seed=1),
+    )
     commands = [["--run", str(run)], ["--run", str(run), "--run", str(other), "--out", str(tmp_path / "both.html")]]
     script = (
         "import sys; from shardtune.cli import main\n"
@@ -332,10 +347,15 @@ def test_the_command_writes_the_page_anew_without_torch(tmp_path: Path) -> None:
     assert "left no statistics of them: there is no test" in page.text
 
 
-def test_a_wrong_folder_is_answered_with_those_that_are_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_folder_is_answered_with_those_that_are_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_run(tmp_path / "news")
     for words, said in (
-        (["--run", str(tmp_path / "nwes")], f"there is no folder {tmp_path / 'nwes'}; the runs in {tmp_path} are: news"),
+        (
+            ["--run", str(tmp_path / "nwes")],
+            f"there is no folder {tmp_path / 'nwes'}; the runs in {tmp_path} are: news",
+        ),
         (["--run", str(tmp_path)], "is no run's folder (no config.yaml, no metrics.jsonl); the runs in it are: news"),
         (["--run", str(tmp_path / "news"), "--out", str(tmp_path)], f"--out: {tmp_path} is a folder"),
     ):
@@ -374,7 +394,7 @@ def test_what_is_told_of_data_is_what_counting_gives(tmp_path: Path, monkeypatch
         return {"text": text, "summary": text[:20], "label": rng.choice(["a", "b", "b"])}
 
     train, validation = [row() for _ in range(50)], [row() for _ in range(20)]
-    train += train[:7] + [{"text": " ", "summary": "x", "label": "a"}]
+    train += [*train[:7], {"text": " ", "summary": "x", "label": "a"}]
     validation += [*train[:3], validation[0]]
     for model in ("bert", "t5"):
         config = load_config(
@@ -445,7 +465,9 @@ def test_the_page_of_a_real_run(tiny_runs: list[Path]) -> None:
     assert first["reference"] in page.text
 
 
-def test_runs_that_judged_the_same_examples_are_tested_against_each_other(tiny_runs: list[Path], tmp_path: Path) -> None:
+def test_runs_that_judged_the_same_examples_are_tested_against_each_other(
+    tiny_runs: list[Path], tmp_path: Path
+) -> None:
     out = tmp_path / "comparison.html"
     words = ["report", "--run", str(tiny_runs[0]), "--run", str(tiny_runs[1]), "--out", str(out)]
     assert main(words) == 0
