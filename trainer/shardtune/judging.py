@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from shardtune.evaluation import SPEEDS, Evaluator, Prediction, Split
+from shardtune.evaluation import SPEEDS, Contender, Evaluator, Prediction, Split
 from shardtune.progress import Progress
 from shardtune.records import Records
 from shardtune.state import TrainingState
@@ -42,9 +42,24 @@ class Judge:
                 scores = {key: value for key, value in line.items() if key not in ("step", "split", *SPEEDS)}
                 self._history[line["split"]].append((line["step"], scores))
 
-    def before_training(self) -> bool:
+    def before_training(self, contenders: Sequence[Contender] = ()) -> bool:
         """Judges what tuning is compared with; returns what `after_training` does."""
-        return self._evaluate(self._splits)
+        return self._evaluate(self._splits) and all(self._contend(contender) for contender in contenders)
+
+    def _contend(self, contender: Contender) -> bool:
+        for split in self._splits:
+            with self._progress.evaluating(split.name, split.examples) as advance:
+                judged = contender.judge(split, advance)
+            if judged is None:
+                return False
+            for note in judged.notes:
+                self._progress.say(note)
+            shown = [_as_text(prediction) for prediction in judged.predictions[:SHOWN_PREDICTIONS]]
+            figures = judged.scores | judged.speeds
+            self._records.evaluation(self._state.step, split.name, figures, contender.name, shown)
+            scores = "  ".join(f"{key} {value:.4f}" for key, value in judged.scores.items())
+            self._progress.say(f"{split.name} by {contender.name}  {scores}")
+        return True
 
     def where_due(self) -> None:
         """On the way: after a step, and where a run begins whose evaluation of that step was cut off."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from shardtune import run_folder
+from shardtune.assemble.contenders import contenders
 from shardtune.assemble.earlier import take_over
 from shardtune.assemble.evaluators import make_evaluator
 from shardtune.assemble.isolation import check_isolation
@@ -139,8 +140,8 @@ def train_run(
         ends.enter_context(_kept_is_said(saver, world))
         begun = time.monotonic()
         stopping.training()
-        if config.evaluation.baseline and course.total_steps != 0 and saved is None:
-            judge.before_training()
+        if config.evaluation.baseline and saved is None:
+            judge.before_training(contenders(config, prepared, evaluator, world))
         judge.where_due()
         train(
             state, sys.maxsize if course.total_steps is None else course.total_steps, course.steps, task, in_loop,
