@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import cast
 
 from shardtune import run_folder
+from shardtune.assemble.contenders import contenders
 from shardtune.assemble.earlier import take_over
 from shardtune.assemble.evaluators import make_evaluator
 from shardtune.assemble.judged import judge_result, make_judge, write_comparison
@@ -141,7 +142,7 @@ def train_run(
         begun = time.monotonic()
         stopping.training()
         if config.evaluation.baseline and saved is None:
-            judge.before_training()
+            judge.before_training(contenders(config, prepared, evaluator, world))
         judge.where_due()
         train(
             state, sys.maxsize if course.total_steps is None else course.total_steps, course.steps, task, in_loop,
