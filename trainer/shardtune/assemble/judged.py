@@ -114,7 +114,7 @@ def take_best(
         if not reasons:
             take(open_checkpoint(path), strategy, shapes)
             say(
-                f"the weights of step {step:,}, the best by {best.score} of validation, are those of {folder / 'final'}"
+                f"step {step:,} is the best by {best.score} of validation: {folder / 'final'} gets its weights"
             )
             return step
         say(
