@@ -209,8 +209,8 @@ class CheckpointConfig(Section):
 
 
 MetricName = Literal[
-    "rouge", "bleu", "chrf", "exact_match", "token_f1", "length", "accuracy", "macro_f1", "micro_f1", "matthews",
-    "entity_f1", "mse", "pearson", "perplexity",
+    "rouge", "bleu", "chrf", "exact_match", "squad_em", "token_f1", "length", "accuracy", "macro_f1", "micro_f1",
+    "matthews", "entity_f1", "token_accuracy", "mse", "pearson", "perplexity",
 ]  # fmt: skip
 OwnMetric = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 

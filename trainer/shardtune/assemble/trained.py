@@ -87,16 +87,16 @@ def generate(config: Config, folder: Path, sources: Sequence[str], as_json: bool
         base = cast(PreTrainedModel, model)
         task = of_tasks(config, config.task.make(Parts(tokenizer, base.config, config.model.path, labels)))
         how = Generation(config.evaluation.max_new_tokens, config.evaluation.beams, in_step=False)
-        target = labels[0] if labels else ""
         for start in range(0, len(sources), GENERATED_AT_ONCE):
             some = sources[start : start + GENERATED_AT_ONCE]
-            encoded = task.encode([Text("command line", source, target) for source in some])
+            texts = [Text("command line", source, "") for source in some]
+            encoded = task.encode(texts)
             for number, row in enumerate(encoded, start + 1):
                 if row.source_cut:
                     limit = config.task.max_source_tokens
                     log.warning(f"text {number} of {len(sources)} was cut to task.max_source_tokens ({limit}) tokens")
             with torch.no_grad():
-                written = task.predict(model, [Tokens(np.array(e.source), np.array(e.target)) for e in encoded], how)
-            for source, prediction in zip(some, written, strict=True):
+                found = task.predict(model, [Tokens(np.array(e.source), np.array(e.target)) for e in encoded], how)
+            for source, prediction in zip(some, task.as_written(texts, found), strict=True):
                 line = {"source": source, "prediction": prediction}
                 yield json.dumps(line, ensure_ascii=False) if as_json else prediction
