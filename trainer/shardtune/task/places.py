@@ -60,7 +60,7 @@ def kept(given: Places, limit: int, side: str, words: NDArray[np.int64] | None =
     """Which tokens are left of more than `limit`, ascending: the text is cut at the end called `side`, and what stands
     before it only where that takes more than half of the row. Special tokens stay.
 
-    `words` [s]: by which the text is cut, unless that leaves nothing of it.
+    `words` [s]: by which the text is cut; the beginning of one that is longer than the row is left.
     """
     count = len(given.ids)
     if count <= limit:
@@ -73,5 +73,5 @@ def kept(given: Places, limit: int, side: str, words: NDArray[np.int64] | None =
     if words is not None and 0 < len(left) < len(text):
         out = text[room] if side == "right" else text[len(text) - room - 1]
         whole = left[words[left] != words[out]]
-        left = whole if len(whole) else left
+        left = whole if len(whole) else text[words[text] == words[out]][:room]
     return np.sort(np.concatenate([special, before, left]))

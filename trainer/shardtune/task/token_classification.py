@@ -204,8 +204,7 @@ class TokenClassification:
         read = []
         for words, found in zip(rows, places(self._tokenizer, [" ".join(row) for row in rows]), strict=True):
             begins = np.cumsum([0, *(len(word) + 1 for word in words)])
-            stands = (found.part == 0) & (found.start < found.stop)
-            of = np.where(stands, np.searchsorted(begins, found.start, side="right") - 1, -1)
+            of = np.where(found.part == 0, np.searchsorted(begins, found.start, side="right") - 1, -1)
             left = kept(found, self._limit, self._tokenizer.truncation_side, of)
             _, first = np.unique(of, return_index=True)
             firsts = np.full_like(of, -1)
