@@ -142,6 +142,16 @@ def _parser() -> Parser:
     prepare.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks to tell the padding of (default: 1)")
     prepare.set_defaults(run=commands.prepare, command=prepare)
 
+    report = choices.add_parser("report", help="write the page of a run anew, or one that compares runs")
+    report.add_argument(
+        "--run", type=Path, required=True, action="append", metavar="DIR", dest="folders",
+        help="a run's folder; of several, the first is what the others are compared with",
+    )  # fmt: skip
+    report.add_argument(
+        "--out", type=Path, metavar="FILE", help="default: DIR/report.html, or ./comparison.html of several runs"
+    )
+    report.set_defaults(run=commands.report, command=report)
+
     doctor = choices.add_parser("doctor", help="what this machine can run, and what is missing")
     doctor.set_defaults(run=commands.doctor)
     return parser

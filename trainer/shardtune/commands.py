@@ -74,6 +74,32 @@ def generate(options: argparse.Namespace) -> int:
     return 0
 
 
+def report(options: argparse.Namespace) -> int:
+    """`shardtune report`. Returns the exit code; raises ShardtuneError. torch is imported only to test several runs."""
+    from shardtune.report import REPORT, write_page
+    from shardtune.report.files import read_run
+
+    runs = [read_run(folder) for folder in options.folders]
+    out: Path = options.out or (options.folders[0] / REPORT if len(runs) == 1 else Path("comparison.html"))
+    if out.is_dir():
+        raise ConfigError(f"command line --out: {out} is a folder; name a file, such as {out / REPORT}")
+    if len(runs) == 1:
+        from shardtune.report.page import page
+
+        write_page(out, page(runs[0]))
+    else:
+        from shardtune.report.several import comparison_page, judged_alike
+
+        pairs, notes = {}, []
+        if any(judged_alike(runs[0], other) for other in runs[1:]):
+            from shardtune.assemble.paired_runs import paired_runs
+
+            pairs, notes = paired_runs(runs)
+        write_page(out, comparison_page(runs, pairs, notes))
+    print(f"written: {out}")
+    return 0
+
+
 def export(options: argparse.Namespace) -> int:
     """`shardtune export`. Returns the exit code; raises ShardtuneError."""
     if options.out.exists():

@@ -151,7 +151,7 @@ def line_chart(
         right=right,
         top=TOP,
         bottom=HEIGHT - BOTTOM,
-        x_ticks=_ticks(x_axis, 4),
+        x_ticks=_ticks(x_axis, 4, least=1),
         y_ticks=_ticks(y_axis, 5),
     )
     for one in series:
@@ -199,19 +199,20 @@ def _axis(low: float, high: float, start: float, stop: float, exact: bool = Fals
     return Axis(low, high, start, stop)
 
 
-def _ticks(axis: Axis, parts: int) -> list[Tick]:
+def _ticks(axis: Axis, parts: int, least: float = 0.0) -> list[Tick]:
+    """About so many round values; `least`: the smallest step between them, 1 for counts."""
     if axis.logarithmic:
         exponents = range(math.floor(math.log10(axis.low)), math.ceil(math.log10(axis.high)) + 1)
         factors = (1,) if len(exponents) > 4 else (1, 3) if len(exponents) > 2 else (1, 2, 5)
         every = -(-len(exponents) // 6)
         found = [factor * 10.0**power for power in exponents[::every] for factor in factors]
     else:
-        step = nice_step(axis.high - axis.low, parts)
-        if axis.start < axis.stop:  # along the bottom, where steps are counted
-            step = max(step, 1.0)
+        step = max(nice_step(axis.high - axis.low, parts), least)
         first = math.ceil(axis.low / step - 1e-9)
         found = [step * index for index in range(first, math.floor(axis.high / step + 1e-9) + 1)]
-    return [Tick(axis.place(value), brief(round(value, 12))) for value in found if axis.low <= value <= axis.high * (1 + 1e-12) + 1e-15]
+    found = [round(value, 12) for value in found if axis.low * (1 - 1e-12) <= value <= axis.high * (1 + 1e-12) + 1e-15]
+    largest = max(map(abs, found), default=0.0)
+    return [Tick(axis.place(value), brief(value, largest)) for value in found]
 
 
 def _line(one: Series, x_axis: Axis, y_axis: Axis) -> Line:
@@ -239,7 +240,7 @@ def _label(chart: Chart, named: Sequence[tuple[str, float, int]]) -> None:
     room = max(chart.bottom - chart.top, LABEL_HEIGHT * len(ordered))
     for index, (text, y, colour) in enumerate(ordered):
         rest = LABEL_HEIGHT * (len(ordered) - 1 - index)
-        y = max(lowest, min(y, chart.top + 4 + room - rest))
+        y = max(lowest, min(y, chart.top + room - 3 - rest))
         chart.labels.append(Label(chart.right + 7, round(y, 1), text, colour))
         lowest = y + LABEL_HEIGHT
 
@@ -249,7 +250,9 @@ def _described(series: Sequence[Series], x_title: str, is_thinned: bool) -> str:
     for one in series:
         there = [(x, y) for x, y in one.points if y is not None]
         (first_x, first), (last_x, last) = there[0], there[-1]
-        said.append(f"{one.label} from {number(first)} at {x_title} {first_x:g} to {number(last)} at {x_title} {last_x:g}")
+        said.append(
+            f"{one.label} from {number(first)} at {x_title} {first_x:g} to {number(last)} at {x_title} {last_x:g}"
+        )
     more = f" Lines of more than {MOST_POINTS} points are thinned; the least and largest values are kept." * is_thinned
     return "; ".join(said) + "." + more
 
@@ -304,7 +307,7 @@ def histogram(identifier: str, title: str, bars: Sequence[Sequence[float]], x_ti
     )
     return Histogram(
         identifier, title, description, x_title, WIDTH, height, LEFT, WIDTH - RIGHT, TOP, bottom,
-        _ticks(x_axis, 5), _ticks(y_axis, 4), drawn,
+        _ticks(x_axis, 5, least=1), _ticks(y_axis, 4, least=1), drawn,
     )  # fmt: skip
 
 
@@ -334,6 +337,11 @@ class Whiskers:
     bottom: float
     ticks: list[Tick]
     rows: list[Whisker]
+
+    @property
+    def with_intervals(self) -> bool:
+        """Whether any value has one."""
+        return any(row.low is not None and row.high is not None for row in self.rows)
 
 
 def whiskers(

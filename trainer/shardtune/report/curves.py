@@ -37,6 +37,7 @@ FIGURES = (
     Figure("padding_share", "Padding", "% of positions computed", 100.0),
     Figure("step_seconds", "Time of a step", "seconds"),
     Figure("data_seconds", "Waiting for data", "seconds a step"),
+    Figure("slowest_rank_share", "Slowest rank", "% longer than the mean of ranks", 100.0),
 )
 MEMORY = {
     "peak_memory_bytes": "peak", "memory_reserved_bytes": "reserved", "memory_allocated_bytes": "allocated",
@@ -82,7 +83,11 @@ def score_charts(run: RunFiles) -> Iterator[Chart | None]:
 def scores_of(lines: Sequence[Line]) -> list[str]:
     """The names of scores but for the loss, in the order in which they are first there."""
     beside = {"step", "split", "of", "loss", "train_loss", PARTED, *SPEEDS}
-    return list(dict.fromkeys(key for line in lines for key, value in line.items() if key not in beside and finite(value) is not None))
+    return list(
+        dict.fromkeys(
+            key for line in lines for key, value in line.items() if key not in beside and finite(value) is not None
+        )
+    )
 
 
 def of_training(lines: Sequence[Line], key: str, scale: float = 1.0) -> list[Point]:

@@ -93,7 +93,12 @@ def examples(run: RunFiles, split: str, part: dict[str, Any], limit: int) -> lis
 
 
 def _example(
-    position: int, difference: float | None, score: str, after: dict[str, str], before: dict[str, str] | None, limit: int
+    position: int,
+    difference: float | None,
+    score: str,
+    after: dict[str, str],
+    before: dict[str, str] | None,
+    limit: int,
 ) -> Example:
     reference = after["reference"]
     columns = [("Reference", _plain(reference, limit))]
@@ -124,9 +129,9 @@ def against(text: str, reference: str, limit: int) -> Shown:
     if len(words) > MARKED_WORDS or len(wanted) > MARKED_WORDS:
         return _plain(text, limit)
     matcher = SequenceMatcher(None, [w.strip() for w in words], [w.strip() for w in wanted], autojunk=False)
-    pieces = [
-        Piece("".join(words[start:stop]), kind != "equal")
-        for kind, start, stop, _, _ in matcher.get_opcodes()
-        if stop > start
-    ]
-    return Shown(pieces, left_out)
+    pieces = []
+    for kind, start, stop, _, _ in matcher.get_opcodes():
+        piece = "".join(words[start:stop])
+        written = piece.rstrip()  # the space behind a word is not marked
+        pieces += [Piece(written, kind != "equal"), Piece(piece[len(written) :], False)]
+    return Shown([piece for piece in pieces if piece.text], left_out)

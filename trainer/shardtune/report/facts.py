@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 from shardtune.report.charts import Histogram, histogram
 from shardtune.report.curves import PARTED
 from shardtune.report.files import RunFiles, finite
-from shardtune.report.words import number, plural, seconds, share, size_of, whole
+from shardtune.report.scores import Cell, Table
+from shardtune.report.words import plural, seconds, share, size_of, whole
 
 MOST_LABELS = 20
 MOST_WARNINGS = 40
+SIDES = ("source", "target")
 CUT_FROM = 0.1
 """The share of cut texts from which on that is a warning."""
 Fact = tuple[str, str]
@@ -27,7 +29,14 @@ def what_was_run(run: RunFiles) -> list[Fact]:
     devices = environment.get("devices")
     ranks = finite(environment.get("ranks"))
     found = [
-        ("Model", _joined(setting("model.path"), _unless(setting("model.weights"), "pretrained", "weights"), setting("model.dtype"))),
+        (
+            "Model",
+            _joined(
+                setting("model.path"),
+                _unless(setting("model.weights"), "pretrained", "weights"),
+                setting("model.dtype"),
+            ),
+        ),
         ("Task", _joined(setting("task.kind"), setting("task.prompt"))),
         ("Training data", _sources(setting("data.train"))),
         ("Validation, test", _joined(_sources(setting("data.validation")), _sources(setting("data.test")))),
@@ -35,7 +44,13 @@ def what_was_run(run: RunFiles) -> list[Fact]:
         ("Optimizer", _options(setting("optimizer", {}), "name")),
         ("A step", _step(run)),
         ("Steps", _steps(run)),
-        ("Strategy", _joined(environment.get("strategy") or setting("strategy.kind"), _unless(setting("strategy.offload"), "none", "offload"))),
+        (
+            "Strategy",
+            _joined(
+                environment.get("strategy") or setting("strategy.kind"),
+                _unless(setting("strategy.offload"), "none", "offload"),
+            ),
+        ),
         ("Ranks", whole(ranks) if ranks is not None else ""),
         ("Devices", _counted(devices) if isinstance(devices, list) else ""),
         ("Seed", str(setting("seed", ""))),
@@ -81,18 +96,22 @@ def cost(run: RunFiles) -> list[Fact]:
     took, whole_run = training_seconds(run), finite(run.environment.get("seconds"))
     last = run.training[-1] if run.training else {}
     tokens, ranks = finite(last.get("tokens")), finite(run.environment.get("ranks"))
+    epochs = finite(last.get("epoch"))
     peaks = [peak for line in run.training if (peak := finite(line.get("peak_memory_bytes"))) is not None]
     found = [
         ("Training", seconds(took) if took else ""),
         ("Whole run", seconds(whole_run) if whole_run else ""),
-        ("Device time", f"{took * ranks / 3600:,.2f} h on {plural(ranks, 'rank')}" if took and ranks and ranks > 1 else ""),
-        ("Epochs", number(finite(last.get("epoch"))) if "epoch" in last else ""),
+        (
+            "Device time",
+            f"{took * ranks / 3600:,.2f} h on {plural(ranks, 'rank')}" if took and ranks and ranks > 1 else "",
+        ),
+        ("Epochs", f"{epochs:.3g}" if epochs else ""),
         ("Examples", _count(last.get("examples"))),
         ("Tokens", _count(tokens)),
         ("Target tokens", _count(last.get("target_tokens"))),
         ("Tokens a second", whole(tokens / took) if tokens and took else ""),
         ("Peak memory of a device", size_of(max(peaks)) if peaks else ""),
-        ("Energy", _energy(run.environment.get("energy_joules"))),
+        ("Energy of the devices", _energy(last.get("energy_joules"))),
     ]
     return [(name, text) for name, text in found if text]
 
@@ -129,7 +148,7 @@ def _warnings(run: RunFiles) -> Iterator[str]:
         if since is not None:
             yield (
                 f"Overfitting: since step {since:.0f} the loss on {line['split']} rises while that of training falls "
-                f"(noticed at step {line['step']}). `evaluation.best` keeps the best step, `evaluation.patience` stops "
+                f"(noticed at step {line['step']}). evaluation.best keeps the best step, evaluation.patience stops "
                 "early."
             )
     broken = [line["step"] for line in run.training if "loss" in line and finite(line["loss"]) is None]
@@ -140,19 +159,22 @@ def _warnings(run: RunFiles) -> Iterator[str]:
         first, _, second = pair.partition("/")
         if finite(count):
             of = run.data.get(second, {}).get("examples")
-            yield f"{whole(count)} of {whole(finite(of))} examples of {second} also stand in {first}: scores on {second} flatter."
-    for split, part in run.data.items():
-        if split in ("overlap", "dropped") or not isinstance(part, dict):
-            continue
-        many = finite(part.get("examples")) or 0
-        for side, count in (part.get("truncated") or {}).items():
-            if finite(count) and many and count / many >= CUT_FROM:
-                yield (
-                    f"{share(count, many)} of the {side}s of {split} are longer than `task.max_{side}_tokens` and were "
-                    "cut."
-                )
+            found = f"{whole(count)} of {whole(finite(of))} examples of {second} also stand in {first}"
+            yield f"{found}: scores on {second} flatter."
+    for side in SIDES:
+        cut = [(split, part) for split, part in run.data.items() if _cut_share(part, side) >= CUT_FROM]
+        if cut:
+            said = ", ".join(f"{share(part['truncated'][side], part['examples'])} of {split}" for split, part in cut)
+            yield f"Many {side}s are longer than task.max_{side}_tokens and were cut: {said}."
     said = run.environment.get("warnings")
     yield from (str(text) for text in said) if isinstance(said, list) else ()
+
+
+def _cut_share(part: object, side: str) -> float:
+    """0 for what is no split."""
+    if not isinstance(part, dict) or "examples" not in part:
+        return 0.0
+    return (finite((part.get("truncated") or {}).get(side)) or 0.0) / (finite(part["examples"]) or 1.0)
 
 
 class Labels(NamedTuple):
@@ -164,22 +186,57 @@ class Labels(NamedTuple):
 
 
 @dataclass
-class SplitData:
-    """What is known of a split."""
+class Data:
+    """What is known of the splits."""
 
-    name: str
-    facts: list[Fact]
+    table: Table
     histograms: list[Histogram]
-    labels: Labels | None
+    labels: dict[str, Labels]
 
 
-def data_of(run: RunFiles) -> list[SplitData]:
-    """A part for each split that data.json knows."""
-    return [
-        _split_data(name, part)
-        for name, part in run.data.items()
-        if name not in ("overlap", "dropped") and isinstance(part, dict)
+def data_of(run: RunFiles) -> Data | None:
+    """Of all splits that data.json knows; None where it knows none."""
+    splits = {
+        name: part for name, part in run.data.items() if name not in ("overlap", "dropped") and isinstance(part, dict)
+    }
+    if not splits:
+        return None
+    rows: dict[str, dict[str, Cell]] = {}
+    for name, part in splits.items():
+        for title, cell in _figures(part):
+            rows.setdefault(title, {})[name] = cell
+    table = Table(
+        list(splits), [(title, [cells.get(name, Cell("–")) for name in splits]) for title, cells in rows.items()]
+    )
+    drawn = [
+        histogram(f"lengths-{name}-{side}", f"Length of {side}s, {name}", lengths["histogram"], f"tokens of a {side}")
+        for side in SIDES
+        for name, part in splits.items()
+        if (lengths := part.get(f"{side}_tokens")) and lengths["max"] > lengths["histogram"][0][0]
     ]
+    labels = {name: found for name, part in splits.items() if (found := _labels(part.get("labels"))) is not None}
+    return Data(table, [chart for chart in drawn if chart is not None], labels)
+
+
+def _figures(part: dict[str, Any]) -> Iterator[tuple[str, Cell]]:
+    """A split's column."""
+    many = finite(part.get("examples"))
+    yield "examples", Cell("streamed" if part.get("streamed") else whole(many))
+    sources = part.get("sources")
+    if isinstance(sources, dict) and len(sources) > 1:
+        for source, count in list(sources.items())[:MOST_LABELS]:
+            yield f"from {source}", Cell(whole(finite(count)), share(finite(count), many))
+    truncated = part.get("truncated") or {}
+    for side in SIDES:
+        lengths = part.get(f"{side}_tokens")
+        if isinstance(lengths, dict):
+            for title, key in (("median", "median"), ("95\u00a0% are up to", "p95"), ("longest", "max")):
+                yield f"{side} tokens, {title}", Cell(whole(finite(lengths.get(key))))
+        if side in truncated:
+            yield f"{side}s cut to length", Cell(whole(finite(truncated[side])), share(finite(truncated[side]), many))
+    if "duplicates" in part:
+        repeated = finite(part["duplicates"])
+        yield "repeated examples", Cell(whole(repeated), share(repeated, many))
 
 
 def overlaps(run: RunFiles) -> list[Fact]:
@@ -189,31 +246,10 @@ def overlaps(run: RunFiles) -> list[Fact]:
         (f"{pair.partition('/')[2]} also in {pair.partition('/')[0]}", whole(finite(count)))
         for pair, count in (overlap.items() if isinstance(overlap, dict) else ())
     ]
-    found += [(f"left out: {why}", whole(finite(n))) for why, n in (dropped.items() if isinstance(dropped, dict) else ())]
+    found += [
+        (f"left out: {why}", whole(finite(n))) for why, n in (dropped.items() if isinstance(dropped, dict) else ())
+    ]
     return found
-
-
-def _split_data(name: str, part: dict[str, Any]) -> SplitData:
-    many = finite(part.get("examples"))
-    facts = [("examples", "streamed: not counted" if part.get("streamed") else whole(many))]
-    sources = part.get("sources")
-    if isinstance(sources, dict) and len(sources) > 1:
-        facts += [(f"from {source}", whole(finite(count))) for source, count in list(sources.items())[:MOST_LABELS]]
-    histograms = []
-    for side in ("source", "target"):
-        lengths = part.get(f"{side}_tokens")
-        if isinstance(lengths, dict):
-            median, p95, most = (finite(lengths.get(key)) for key in ("median", "p95", "max"))
-            facts.append((f"{side} tokens", f"median {whole(median)}, 95 % up to {whole(p95)}, longest {whole(most)}"))
-            bars = lengths.get("histogram")
-            drawn = histogram(f"lengths-{name}-{side}", f"Lengths of {side}s, {name}", bars or [], f"tokens of a {side}")
-            histograms += [drawn] if drawn is not None else []
-    for side, count in (part.get("truncated") or {}).items():
-        facts.append((f"{side}s cut to length", f"{whole(finite(count))} ({share(finite(count), many)})"))
-    if "duplicates" in part:
-        repeated = finite(part["duplicates"])
-        facts.append(("repeated examples", f"{whole(repeated)} ({share(repeated, many)})"))
-    return SplitData(name, facts, histograms, _labels(part.get("labels")))
 
 
 def _labels(found: object) -> Labels | None:
@@ -250,14 +286,21 @@ def _options(section: object, first: str) -> str:
 
 
 def _plain(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return value if isinstance(value, str) else json.dumps(shortest(value), ensure_ascii=False)
+
+
+def shortest(value: Any) -> Any:
+    """A float without the digits that come of arithmetic."""
+    return float(f"{value:.12g}") if isinstance(value, float) else value
 
 
 def _sources(given: object) -> str:
     if isinstance(given, list):
         return ", ".join(_sources(one) for one in given)
     if isinstance(given, dict):
-        return " ".join([str(given.get("path", "")), *(f"({k} {v})" for k, v in given.items() if k != "path" and v is not None)])
+        return " ".join(
+            [str(given.get("path", "")), *(f"({k} {v})" for k, v in given.items() if k != "path" and v is not None)]
+        )
     return "" if given is None else str(given)
 
 
@@ -265,13 +308,15 @@ def _step(run: RunFiles) -> str:
     batch = run.setting("batch", {})
     if not isinstance(batch, dict):
         return ""
-    of = [plural(v, what) for key, what in (("examples", "example"), ("tokens", "token")) if (v := finite(batch.get(key)))]
+    of = [
+        plural(v, what) for key, what in (("examples", "example"), ("tokens", "token")) if (v := finite(batch.get(key)))
+    ]
     return ", ".join([*of, *([f"batching {run.setting('data.batching')}"] if run.setting("data.batching") else [])])
 
 
 def _steps(run: RunFiles) -> str:
     epochs = finite(run.training[-1].get("epoch")) if run.training else None
-    return whole(run.last_step) + (f", {number(epochs)} epochs" if epochs else "")
+    return whole(run.last_step) + (f", {epochs:.3g} epochs" if epochs else "")
 
 
 def _counted(names: list[Any]) -> str:
@@ -279,9 +324,8 @@ def _counted(names: list[Any]) -> str:
 
 
 def _energy(given: object) -> str:
-    values = list(given.values()) if isinstance(given, dict) else [given]
-    joules = [joule for value in values if (joule := finite(value)) is not None]
-    if not joules:
+    joules = finite(given)
+    if joules is None:
         return ""
-    hours = sum(joules) / 3600
+    hours = joules / 3600
     return f"{hours / 1000:,.2f} kWh" if hours >= 100 else f"{hours:,.2f} Wh"

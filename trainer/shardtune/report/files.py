@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -64,16 +65,36 @@ class RunFiles:
         wanted = set(positions)
         found: dict[int, dict[str, str]] = {}
         try:
-            with (self.folder / "predictions" / f"{name}-{split}.jsonl").open(encoding="utf-8", errors="replace") as file:
+            with (self.folder / "predictions" / f"{name}-{split}.jsonl").open(
+                encoding="utf-8", errors="replace"
+            ) as file:
                 for position, text in zip(range(max(wanted, default=-1) + 1), file, strict=False):
                     line = _object(text) if position in wanted else None
                     if line is not None:
-                        found[position] = {
-                            key: _shown(line.get(key)) for key in ("source", "reference", "prediction")
-                        }
+                        found[position] = {key: _shown(line.get(key)) for key in ("source", "reference", "prediction")}
         except OSError:
             return {}
         return found
+
+    def statistics(self, name: str, split: str) -> Path:
+        """Where the evaluator leaves them."""
+        return self.folder / "statistics" / f"{name}-{split}.npy"
+
+    def has_statistics(self, name: str, split: str) -> bool:
+        """Whether they are there."""
+        return self.statistics(name, split).is_file()
+
+    def digest(self, name: str, split: str) -> str | None:
+        """SHA-256, in hex, of the sources and references of a predictions file; None where there is none."""
+        found = hashlib.sha256()
+        try:
+            with (self.folder / "predictions" / f"{name}-{split}.jsonl").open(encoding="utf-8") as file:
+                for text in file:
+                    line = json.loads(text)
+                    found.update(json.dumps([line["source"], line["reference"]]).encode())
+        except (OSError, ValueError, LookupError, TypeError):
+            return None
+        return found.hexdigest()
 
 
 def read_run(folder: Path) -> RunFiles:

@@ -42,17 +42,19 @@ def _content(run: RunFiles, limit: int) -> dict[str, Any]:
         try:
             return make()
         except Exception as error:
-            odd.append(f"{section} cannot be shown: the run's files are not as expected ({type(error).__name__}: {error})")
+            odd.append(
+                f"{section} cannot be shown: the run's files are not as expected ({type(error).__name__}: {error})"
+            )
             return otherwise
 
     config, config_cut = cut(run.config_text, CONFIG_CHARACTERS)
-    content = {
+    return {
         "name": cut(run.name, 200)[0],
         "subtitle": of("The line under the name", lambda: facts.subtitle(run), ""),
         "compared": of("Before and after", lambda: compared(run), []),
         "charts": of("Curves", lambda: curves(run), []),
         "examples": of("Examples", lambda: _examples(run, limit), []),
-        "data": of("Data", lambda: facts.data_of(run), []),
+        "data": of("Data", lambda: facts.data_of(run), None),
         "overlaps": of("Overlap of splits", lambda: facts.overlaps(run), []),
         "cost": of("Cost", lambda: facts.cost(run), []),
         "facts": of("What was run", lambda: facts.what_was_run(run), []),
@@ -70,12 +72,9 @@ def _content(run: RunFiles, limit: int) -> dict[str, Any]:
         "shardtune": str((run.environment.get("versions") or {}).get("shardtune") or ""),
         "limit": limit,
     }
-    return content
 
 
 def _examples(run: RunFiles, limit: int) -> list[tuple[str, list[Group]]]:
     """Of each split that has some; test first."""
-    parts = parts_of(run)
-    order = [name for name in ("test", "validation") if name in parts] + [n for n in parts if n not in ("test", "validation")]
-    found = [(split, examples(run, split, parts[split], limit)) for split in order]
+    found = [(split, examples(run, split, part, limit)) for split, part in parts_of(run).items()]
     return [(split, groups) for split, groups in found if groups]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -10,7 +9,16 @@ from shardtune.report.charts import Whiskers, whiskers
 from shardtune.report.curves import scores_of
 from shardtune.report.files import RunFiles, finite
 from shardtune.report.words import (
-    Verdict, chance, interval, lower_is_better, number, plural, signed, verdict, whole,
+    PERCENT,
+    Verdict,
+    chance,
+    interval,
+    lower_is_better,
+    number,
+    plural,
+    signed,
+    verdict,
+    whole,
 )  # fmt: skip
 
 PREFERRED = (
@@ -40,6 +48,8 @@ class Table:
     left_out: int = 0
     main: str | None = None
     """The row that is to be seen first."""
+    texts: bool = False
+    """Whether cells are texts, not numbers."""
 
 
 @dataclass
@@ -62,34 +72,34 @@ class Compared:
     notes: list[str] = field(default_factory=list)
 
 
+class Sides(NamedTuple):
+    """What the two that are compared are called."""
+
+    before: str = "the base model"
+    after: str = "the tuned model"
+
+
+BASE_AND_TUNED = Sides()
+
+
 def compared(run: RunFiles) -> list[Compared]:
     """Test first; from comparison.json, and for splits that it lacks from the lines of evaluations."""
-    found = {split: _compared(split, part) for split, part in run.comparison.items() if _usable(part)}
-    for split in dict.fromkeys(line.get("split") for line in run.evaluations):
-        if isinstance(split, str) and split not in found:
-            found[split] = _compared(split, _from_lines(run, split))
-            found[split].notes.append("There is no comparison of this split, so there are no intervals and no test.")
-    return sorted(found.values(), key=lambda one: (_place(one.split), one.split))
-
-
-def main_part(run: RunFiles) -> tuple[str, dict[str, Any]] | None:
-    """The first split shown, and what comparison.json says of it or would have said; None where nothing was judged."""
-    there = {split: part for split, part in run.comparison.items() if _usable(part)}
-    for line in run.evaluations:
-        split = line.get("split")
-        if isinstance(split, str) and split not in there:
-            there[split] = _from_lines(run, split)
-    return min(there.items(), key=lambda one: (_place(one[0]), one[0])) if there else None
+    found = []
+    for split, part in parts_of(run).items():
+        found.append(compared_split(split, part))
+        if split not in run.comparison:
+            found[-1].notes.append("There is no comparison of this split, so there are no intervals and no test.")
+    return found
 
 
 def parts_of(run: RunFiles) -> dict[str, dict[str, Any]]:
-    """Of each split that was judged what comparison.json says of it, or would have said."""
+    """Of each split that was judged what comparison.json says of it, or would have said; test first."""
     found = {split: part for split, part in run.comparison.items() if _usable(part)}
     for line in run.evaluations:
         split = line.get("split")
         if isinstance(split, str) and split not in found:
             found[split] = _from_lines(run, split)
-    return found
+    return dict(sorted(found.items(), key=lambda one: (_place(one[0]), one[0])))
 
 
 def _place(split: str) -> int:
@@ -137,6 +147,8 @@ def value_of(part: dict[str, Any], variant: str | None, score: str) -> tuple[flo
 
 def said_of(name: str, part: dict[str, Any]) -> str:
     """A variant as people call it."""
+    if name in part.get("names", {}):
+        return part["names"][name]
     if name == part.get("tuned"):
         return f"tuned ({name.replace('-', ' ')})" if name.startswith("step-") else f"tuned ({name})"
     if name == part.get("base"):
@@ -150,7 +162,8 @@ def said_of(name: str, part: dict[str, Any]) -> str:
     }.get(name, name.replace("-", " ") if kind == "step" else name)  # fmt: skip
 
 
-def _compared(split: str, part: dict[str, Any]) -> Compared:
+def compared_split(split: str, part: dict[str, Any], sides: Sides = BASE_AND_TUNED) -> Compared:
+    """`part`: of comparison.json; its `names`, where there are some, are what variants are called."""
     base, tuned, score = part.get("base"), part.get("tuned"), str(part.get("metric", "loss"))
     lower = lower_is_better(score, part)
     test = part.get("tests", {}).get(score, {}) if base != tuned else {}
@@ -166,7 +179,7 @@ def _compared(split: str, part: dict[str, Any]) -> Compared:
         before=number(before[0]) if before[0] is not None and base != tuned else "",
         after=number(after[0]),
         difference="" if difference is None else signed(difference, like=after[0]),
-        sentences=_sentences(split, part, test, judged, lower, difference),
+        sentences=_sentences(split, part, test, judged, lower, difference, sides),
         table=_table(part),
         picture=_picture(split, score, part),
         slices=_slices(part, score, lower),
@@ -176,37 +189,52 @@ def _compared(split: str, part: dict[str, Any]) -> Compared:
 
 
 def _sentences(
-    split: str, part: dict[str, Any], test: dict[str, Any], judged: Verdict, lower: bool, difference: float | None
-) -> list[str]:
+    split: str, part: dict[str, Any], test: dict[str, Any], judged: Verdict, lower: bool, difference: float | None,
+    sides: Sides,
+) -> list[str]:  # fmt: skip
     """What came of tuning, for somebody who reads only this."""
     score, base, tuned = str(part.get("metric", "loss")), part.get("base"), part.get("tuned")
     before, after = value_of(part, base, score), value_of(part, tuned, score)
     examples = finite(part.get("examples"))
     where = f"On {plural(examples, 'example')} of {split}" if examples is not None else f"On {split}"
     if after[0] is None:
-        return [f"{where} the tuned model has no {score}."]
+        return [f"{where} {sides.after} has no {score}."]
     if before[0] is None or base == tuned:
-        held = f" (95 % interval {interval(*after[1:], like=after[0])})" if after[1] is not None else ""
-        return [f"{where} the model scores {number(after[0])} {score}{held}. There is no base model to compare it with."]
-    line = f"{where}, {score} went from {number(before[0])} to {number(after[0])}: {signed(difference, after[0])}"
+        held = f" (95{PERCENT} interval {interval(*after[1:], like=after[0])})" if after[1] is not None else ""
+        return [f"{where}, {score} is {number(after[0])}{held}. There is nothing to compare it with."]
+    moved = (
+        "went from {} to {}" if sides is BASE_AND_TUNED else f"is {{}} for {sides.before} and {{}} for {sides.after}"
+    )
+    line = f"{where}, {score} {moved.format(number(before[0]), number(after[0]))}: {signed(difference, after[0])}"
     low, high, p = (finite(test.get(key)) for key in ("low", "high", "p"))
     if low is not None and high is not None:
         held = f"{signed(low, after[0])} to {signed(high, after[0])}"
-        line += f" (95 % interval {held}{', ' + chance(p) if p is not None else ''})"
+        line += f" (95{PERCENT} interval {held}{', ' + chance(p) if p is not None else ''})"
     better = "Lower is better. " if lower else ""
+    subject = sides.after[0].upper() + sides.after[1:]
     meaning = {
-        "better": f"{better}The tuned model is better than the base model, and by more than chance explains.",
-        "worse": f"{better}The tuned model is worse than the base model, and by more than chance explains.",
-        "unclear": f"{better}So small a difference may well be chance: these examples do not tell which model is better.",
+        "better": f"{better}{subject} is better than {sides.before}, and by more than chance explains.",
+        "worse": f"{better}{subject} is worse than {sides.before}, and by more than chance explains.",
+        "unclear": f"{better}So small a difference may well be chance: these examples do not tell which one is better.",
         "untested": f"{better}Whether that is more than chance was not tested.",
     }[judged.kind]
-    lines = [line + ".", meaning]
+    lines = [line + ".", meaning, *_simpler(part, score, lower, after[0])]
     wins, losses, ties = (finite(part.get(key)) for key in ("wins", "losses", "ties"))
     if wins is not None and losses is not None and ties is not None:
-        lines.append(
-            f"It did better on {plural(wins, 'example')}, worse on {whole(losses)}, and as well on {whole(ties)}."
-        )
+        better_on = plural(wins, "example")
+        lines.append(f"{subject} did better on {better_on}, worse on {whole(losses)}, and as well on {whole(ties)}.")
     return lines
+
+
+def _simpler(part: dict[str, Any], score: str, lower: bool, tuned: float) -> list[str]:
+    """Says what does better than tuning, and costs less: examples in the prompt, a first sentence."""
+    others = [name for name in part["variants"] if name not in (part.get("base"), part.get("tuned"), "best")]
+    values = {name: value_of(part, name, score)[0] for name in others if not name.startswith("step-")}
+    better = {n: v for n, v in values.items() if v is not None and (v < tuned if lower else v > tuned)}
+    if not better:
+        return []
+    best = (min if lower else max)(better, key=lambda name: better[name])
+    return [f"A simpler way does better here: {said_of(best, part)}, with {number(better[best])}."]
 
 
 def _table(part: dict[str, Any]) -> Table:
@@ -214,7 +242,9 @@ def _table(part: dict[str, Any]) -> Table:
     variants: dict[str, dict[str, Any]] = part["variants"]
     base, tuned, tests = part.get("base"), part.get("tuned"), part.get("tests", {})
     last = [name for name in (base, tuned) if name in variants]
-    names = [*last[:1], *(name for name in variants if name not in last), *last[1:]] if len(last) == 2 else list(variants)
+    names = (
+        [*last[:1], *(name for name in variants if name not in last), *last[1:]] if len(last) == 2 else list(variants)
+    )
     scores = list(dict.fromkeys(score for name in names for score in variants[name]))
     rows = []
     for score in scores[:MOST_ROWS]:
@@ -239,13 +269,8 @@ def _difference(part: dict[str, Any], test: dict[str, Any], score: str) -> Cell:
         return Cell(signed(difference, after))
     held = f"{signed(low, after)} to {signed(high, after)}"
     p = chance(finite(test.get("p")))
-    kind = "" if neutral(score) else verdict(test, lower_is_better(score, part)).kind
+    kind = "" if score in part.get("no_direction", ("length",)) else verdict(test, lower_is_better(score, part)).kind
     return Cell(signed(difference, after), held + (f", {p}" if p else ""), kind)
-
-
-def neutral(score: str) -> bool:
-    """Whether neither more nor less of a score is better, as of a length."""
-    return "length" in score
 
 
 def _picture(split: str, score: str, part: dict[str, Any]) -> Whiskers | None:
@@ -273,7 +298,9 @@ def _slices(part: dict[str, Any], main: str, lower: bool) -> Table | None:
         return None
     rows = []
     for one in slices[:MOST_ROWS]:
-        before, after = (finite(one.get(which, {}).get(main)) if one.get(which) else None for which in ("base", "tuned"))
+        before, after = (
+            finite(one.get(which, {}).get(main)) if one.get(which) else None for which in ("base", "tuned")
+        )
         difference = None if before is None or after is None else after - before
         kind = "" if not difference else "better" if (difference > 0) != lower else "worse"
         cells = [
@@ -282,8 +309,3 @@ def _slices(part: dict[str, Any], main: str, lower: bool) -> Table | None:
         ]  # fmt: skip
         rows.append((f"{one.get('by')}: {one.get('value')}", cells))
     return Table(["examples", f"base {main}", f"tuned {main}", "difference"], rows, len(slices) - len(rows))
-
-
-def names_of(rows: Sequence[tuple[str, Any]]) -> list[str]:
-    """The first column of a table."""
-    return [name for name, _ in rows]

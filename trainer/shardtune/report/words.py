@@ -12,6 +12,8 @@ SURE_BELOW = 0.05
 """A p value below this, with an interval that leaves out 0, is called a clear difference."""
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "mse", "mae", "rmse"})
 MINUS = "−"
+PERCENT = "\u00a0%"
+"""Behind a number, on the same line."""
 
 
 class Verdict(NamedTuple):
@@ -66,7 +68,9 @@ def share(part: float | None, of: float | None) -> str:
     if part is None or not of:
         return "–"
     percent = 100 * part / of
-    return f"{percent:.1f} %" if 0 < percent < 10 else f"{percent:.0f} %"
+    if 0 < percent < 0.1:
+        return f"< 0.1{PERCENT}"
+    return f"{percent:.1f}{PERCENT}" if 0 < percent < 10 else f"{percent:.0f}{PERCENT}"
 
 
 def size_of(count: float | None) -> str:
@@ -92,14 +96,14 @@ def seconds(value: float | None) -> str:
     return f"{many} {name}" + (f" {rest} {name_of_small}" if rest else "")
 
 
-def brief(value: float) -> str:
-    """For the ticks of an axis: 0.25, 1,200, 15k, 2.5M, 1e-5."""
+def brief(value: float, largest: float) -> str:
+    """For the ticks of an axis, by the largest of them: 0.25, 1,200, 15k, 2.5M, 1e-5."""
     size = abs(value)
-    if size >= 10_000:
+    if largest >= 10_000 and size:
         for power, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-            if size >= power:
+            if largest >= power and size >= 0.01 * power:
                 return f"{value / power:.4g}{unit}".replace("-", MINUS)
-    if size and size < 1e-3:
+    if size and (size < 1e-4 or largest < 1e-3):
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}".replace("-", MINUS)
     return f"{value:,.4g}".replace("-", MINUS) if size < 1000 else f"{value:,.0f}".replace("-", MINUS)
