@@ -337,7 +337,6 @@ def test_metrics_are_those_of_evaluate(tmp_path: Path) -> None:
 
 
 OWN = """
-
 import numpy as np
 
 def shared(prediction, reference):
