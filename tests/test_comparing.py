@@ -37,13 +37,13 @@ LOSS = Scorer([])
 def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
     draw = np.random.default_rng(1)
     held = 0
-    for run in range(200):
+    for run in range(400):
         drawn = of_losses(draw.exponential(2.0, 60))
         found = intervals(LOSS.scores(drawn), resampled(LOSS, {"a": drawn}, 300, run)["a"])["loss"]
         assert found["low"] < found["value"] < found["high"]
         held += found["low"] <= 2.0 <= found["high"]
-    # Percentile intervals of skewed data are a little too narrow: 0.93 or so; 200 runs have a deviation of 0.017.
-    assert 0.87 <= held / 200 <= 0.99
+    # Percentile intervals of skewed data are a little too narrow: 0.93 or so; 400 runs have a deviation of 0.013.
+    assert 0.91 <= held / 400 <= 0.97
 
 
 @pytest.mark.parametrize("seed", [5])  # fixed: two random estimates are compared
@@ -60,8 +60,8 @@ def test_intervals_are_those_of_scipy(seed: int) -> None:
         rng=np.random.default_rng(seed + 1),
     ).confidence_interval  # fmt: skip
     width = expected.high - expected.low
-    assert found["low"] == pytest.approx(expected.low, abs=0.12 * width)
-    assert found["high"] == pytest.approx(expected.high, abs=0.12 * width)
+    assert found["low"] == pytest.approx(expected.low, abs=0.05 * width)
+    assert found["high"] == pytest.approx(expected.high, abs=0.05 * width)
 
 
 def p_of(tuned: np.ndarray, base: np.ndarray, seed: int, resamples: int = 1000) -> float:
@@ -183,7 +183,12 @@ def test_equal_variants_tie_and_nothing_is_proven() -> None:
     found = compare(scorer, {"base": rows, "tuned": rows}, "tuned", "base")
     assert found["tests"]["exact_match"] == {"difference": 0.0, "low": 0.0, "high": 0.0, "p": 1.0}
     assert (found["wins"], found["losses"], found["ties"], found["differences"]) == (0, 0, 3, [])
-    one = compare(scorer, {"tuned": rows[:1]}, "tuned")
+    rows = of_losses(np.random.default_rng(0).random(30))
+    found = compare(LOSS, {"base": rows, "tuned": rows * [1 + 1e-14, 1]}, "tuned", "base")
+    assert found["tests"]["loss"]["p"] == 1.0  # they differ as rounding makes them differ
+    assert found["ties"] == 30
+    rows = scorer.statistics(["a"], [["a"]])
+    one = compare(scorer, {"tuned": rows}, "tuned")
     assert one["variants"]["tuned"]["exact_match"] == {"value": 1.0, "low": 1.0, "high": 1.0}
 
 
