@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from shardtune.assemble.parts import metric_names
 from shardtune.assemble.run_again import steps_in
 from shardtune.best import Best
+from shardtune.boundary import Boundaries
 from shardtune.checkpoint.finding import agreed_reasons
 from shardtune.checkpoint.names import FOLDER, folder_name
 from shardtune.checkpoint.reading import Checkpoint, open_checkpoint
@@ -63,6 +64,31 @@ def make_judge(
     )  # fmt: skip
 
 
+def judge_result(
+    config: Config,
+    folder: Path,
+    world: World,
+    judge: Judge,
+    boundaries: Boundaries,
+    strategy: Strategy,
+    shapes: Mapping[str, torch.Size],
+    state: TrainingState,
+    say: Callable[[str], None],
+) -> int:
+    """Judges after the last step; where the best step is asked for, the model gets its weights and is judged again.
+    Returns the step that the weights are of; the arguments are as in `take_best`. Raises Stopped where a rank was told
+    to stop meanwhile."""
+    if not judge.after_training():
+        boundaries.stop()
+    if config.evaluation.best is None or judge.best is None:
+        return state.step
+    boundaries.settle()
+    chosen = take_best(judge.best, folder, world, state, strategy, shapes, say)
+    if chosen != state.step and not judge.of_best():
+        boundaries.stop()
+    return chosen
+
+
 def take_best(
     best: Best,
     folder: Path,
@@ -88,7 +114,7 @@ def take_best(
         if not reasons:
             take(open_checkpoint(path), strategy, shapes)
             say(
-                f"the weights of step {step:,}, the best by {best.score} of validation, are those of {folder / 'final'}"
+                f"step {step:,} is the best by {best.score} of validation: {folder / 'final'} gets its weights"
             )
             return step
         say(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,10 +16,10 @@ from shardtune.assemble.prepared import Prepared
 from shardtune.assemble.tuned import Tuned
 from shardtune.checkpoint.names import FOLDER, folder_name
 from shardtune.checkpoint.reading import Checkpoint
-from shardtune.checkpoint.saver import Snapshot
+from shardtune.checkpoint.saver import Saver, Snapshot
 from shardtune.config import Config
 from shardtune.config_file import dump_config
-from shardtune.errors import CheckpointError
+from shardtune.errors import CheckpointError, NumbersError, ShardtuneError, StorageError
 from shardtune.model.identity import identity_of
 from shardtune.model.overlay import Overlay
 from shardtune.protocols import VALUE, Piece, Strategy, Weights
@@ -140,3 +141,20 @@ def how_to_go_on(folder: Path, state: TrainingState, resume: str) -> str:
     if resume == "never":
         return f"{saved}; what goes on from there, as checkpoint.resume=never begins anew, is\n  {command}"
     return f"{saved}; the same command goes on from there, and so does\n  {command}"
+
+
+@contextmanager
+def kept_is_said(saver: Saver, world: World) -> Iterator[None]:
+    """What an error leaves: a checkpoint that was on its way to the disk becomes whole, where nobody is missing for
+    that; and where the numbers or the storage went wrong, what is kept is said."""
+    try:
+        yield
+    except Exception as error:
+        if world.size == 1 or isinstance(error, NumbersError):  # which all ranks find
+            with suppress(ShardtuneError):
+                saver.finish()
+        if isinstance(error, StorageError) and saver.kept() not in str(error):
+            raise StorageError(f"{error}\n{saver.mending()}") from error
+        if isinstance(error, NumbersError):
+            raise NumbersError(f"{error}\n{saver.kept()}") from error
+        raise

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from shardtune.protocols import Batch, Encoded, Generation, Task, Text, Tokens
 from shardtune.row_fields import Fields
 from shardtune.section import Positive
-from shardtune.task.section import WRITTEN, Parts, TaskSection
+from shardtune.task.section import WRITTEN, Parts, PromptedSection
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from shardtune.ragged import LayOut
 
 
-class Config(TaskSection):
+class Config(PromptedSection):
     """A decoder continues the source with the target (loss on the target), a text (loss on all), or answers in
     conversations (loss on the assistant's turns)."""
 
@@ -72,6 +72,11 @@ class Config(TaskSection):
         """A whole text and a conversation are limited as sources are."""
         both = self.target is not None
         return (self.max_source_tokens + self.max_target_tokens * both,)
+
+    @property
+    def writes_texts(self) -> bool:
+        """Not where a whole text is learned."""
+        return self.text is None
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """What goes with which input."""
