@@ -135,10 +135,12 @@ def test_of_scores_where_less_is_better_and_of_single_examples(tmp_path: Path) -
     part |= {"metric": "loss"}
     part["variants"]["step-0"]["loss"] = {"value": 2.0, "low": 1.9, "high": 2.1}
     part["variants"]["step-300"]["loss"] = {"value": 1.5, "low": 1.4, "high": 1.6}
+    part["variants"] |= {f"step-{step}": part["variants"]["step-300"] for step in (100, 200, 400)}
     part["tests"]["loss"] = {"difference": -0.5, "low": -0.6, "high": -0.4, "p": 0.001}
     write_json(run / "comparison.json", {"test": part})
     text = report_of(run).text.partition("Before and after")[2]
     assert "loss on test ▲ got better 2.000 → 1.500 −0.500" in text
+    assert "base base, 3 examples in the prompt first sentence step 400 tuned (step 300) difference" in text
     # A win is shown first, with what each side wrote at that line of its file.
     first = part["differences"][0]
     lines = {

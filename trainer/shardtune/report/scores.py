@@ -237,14 +237,23 @@ def _simpler(part: dict[str, Any], score: str, lower: bool, tuned: float) -> lis
     return [f"A simpler way does better here: {said_of(best, part)}, with {number(better[best])}."]
 
 
+def _shown_variants(part: dict[str, Any]) -> list[str]:
+    """All but the steps on the way, which the curves show: of steps the base, the tuned one and the last one."""
+    steps = {name: int(rest) for name in part["variants"] if (rest := name.removeprefix("step-")).isdecimal()}
+    last = max(steps, key=lambda name: steps[name], default=None)
+    return [
+        name for name in part["variants"] if name not in steps or name in (part.get("base"), part.get("tuned"), last)
+    ]
+
+
 def _table(part: dict[str, Any]) -> Table:
     """Scores down, variants across; the difference of tuned and base at the end."""
     variants: dict[str, dict[str, Any]] = part["variants"]
     base, tuned, tests = part.get("base"), part.get("tuned"), part.get("tests", {})
     last = [name for name in (base, tuned) if name in variants]
-    names = (
-        [*last[:1], *(name for name in variants if name not in last), *last[1:]] if len(last) == 2 else list(variants)
-    )
+    names = _shown_variants(part)
+    if len(last) == 2:
+        names = [*last[:1], *(name for name in names if name not in last), *last[1:]]
     scores = list(dict.fromkeys(score for name in names for score in variants[name]))
     rows = []
     for score in scores[:MOST_ROWS]:
@@ -275,7 +284,7 @@ def _difference(part: dict[str, Any], test: dict[str, Any], score: str) -> Cell:
 
 def _picture(split: str, score: str, part: dict[str, Any]) -> Whiskers | None:
     rows = []
-    for name in list(part["variants"])[:12]:
+    for name in _shown_variants(part)[:12]:
         value, low, high = value_of(part, name, score)
         if value is not None:
             colour = 1 if name == part.get("tuned") else 2 if name == part.get("base") else 0
