@@ -120,7 +120,9 @@ def test_the_page_says_first_what_tuning_did_and_whether_that_is_sure(
         "empty target 17", "length: 12–120",
     ):  # fmt: skip
         assert said in rest, said
-    titles = [text for text in page.texts if text in ("Loss", "Learning rate", "Gradient norm", "Speed", "Padding", "Memory")]
+    titles = [
+        text for text in page.texts if text in ("Loss", "Learning rate", "Gradient norm", "Speed", "Padding", "Memory")
+    ]
     assert set(titles) == {"Loss", "Learning rate", "Gradient norm", "Speed", "Padding", "Memory"}
 
 
@@ -170,7 +172,9 @@ def test_what_a_run_says_is_text_whatever_it_holds(tmp_path: Path) -> None:
 def _with_hostile_names(value: Any) -> Any:
     if isinstance(value, dict):
         return {
-            key if key in _KNOWN else key + HOSTILE: _with_hostile_names(one) if key not in ("base", "tuned", "metric") else one
+            key if key in _KNOWN else key + HOSTILE: _with_hostile_names(one)
+            if key not in ("base", "tuned", "metric")
+            else one
             for key, one in value.items()
         }
     if isinstance(value, list):
@@ -229,12 +233,16 @@ def test_a_run_of_no_steps_and_one_that_was_cut_off_in_a_line(tmp_path: Path) ->
 def test_strange_files_cost_a_section_and_never_the_page(tmp_path: Path, seed: int) -> None:
     rng = random.Random(seed)
     run = write_run(tmp_path / "run", steps=20)
-    whole = {name: json.loads((run / name).read_text()) for name in ("comparison.json", "data.json", "environment.json")}
+    whole = {
+        name: json.loads((run / name).read_text()) for name in ("comparison.json", "data.json", "environment.json")
+    }
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for _ in range(25):
         for name, value in whole.items():
             write_json(run / name, _damaged(copy.deepcopy(value), rng))
-        write_lines(run / "metrics.jsonl", [_damaged(dict(line), rng) if rng.random() < 0.1 else line for line in lines])
+        write_lines(
+            run / "metrics.jsonl", [_damaged(dict(line), rng) if rng.random() < 0.1 else line for line in lines]
+        )
         check_self_contained(report_of(run), (run / "report.html").read_text())
     (run / "comparison.json").write_bytes(b"\xff\xfe{")
     (run / "config.yaml").write_text("[1, 2")
@@ -288,7 +296,10 @@ def test_thinned_lines_keep_their_ends_and_their_least_and_largest_values() -> N
 
 def test_texts_and_lines_stand_out_from_what_they_are_on_in_light_and_dark() -> None:
     """Contrast as WCAG 2.2 has it: 4.5 for texts, 3 for lines."""
-    palettes = [dict(re.findall(r"--([\w-]+): (#\w{6})", part)) for part in re.findall(r":root \{(.*?)\}", STYLE.read_text(), re.S)]
+    palettes = [
+        dict(re.findall(r"--([\w-]+): (#\w{6})", part))
+        for part in re.findall(r":root \{(.*?)\}", STYLE.read_text(), re.S)
+    ]
     assert len(palettes) == 3  # light, dark, print
 
     def luminance(colour: str) -> float:
@@ -313,7 +324,10 @@ def test_texts_and_lines_stand_out_from_what_they_are_on_in_light_and_dark() -> 
 
 
 def test_the_command_writes_the_page_anew_without_torch(tmp_path: Path) -> None:
-    run, other = write_run(tmp_path / "runs" / "first", "first"), write_run(tmp_path / "runs" / "second", "second", seed=1)
+    run, other = (
+        write_run(tmp_path / "runs" / "first", "first"),
+        write_run(tmp_path / "runs" / "second", "second", seed=1),
+    )
     commands = [["--run", str(run)], ["--run", str(run), "--run", str(other), "--out", str(tmp_path / "both.html")]]
     script = (
         "import sys; from shardtune.cli import main\n"
@@ -332,10 +346,15 @@ def test_the_command_writes_the_page_anew_without_torch(tmp_path: Path) -> None:
     assert "left no statistics of them: there is no test" in page.text
 
 
-def test_a_wrong_folder_is_answered_with_those_that_are_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_folder_is_answered_with_those_that_are_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_run(tmp_path / "news")
     for words, said in (
-        (["--run", str(tmp_path / "nwes")], f"there is no folder {tmp_path / 'nwes'}; the runs in {tmp_path} are: news"),
+        (
+            ["--run", str(tmp_path / "nwes")],
+            f"there is no folder {tmp_path / 'nwes'}; the runs in {tmp_path} are: news",
+        ),
         (["--run", str(tmp_path)], "is no run's folder (no config.yaml, no metrics.jsonl); the runs in it are: news"),
         (["--run", str(tmp_path / "news"), "--out", str(tmp_path)], f"--out: {tmp_path} is a folder"),
     ):
@@ -445,7 +464,9 @@ def test_the_page_of_a_real_run(tiny_runs: list[Path]) -> None:
     assert first["reference"] in page.text
 
 
-def test_runs_that_judged_the_same_examples_are_tested_against_each_other(tiny_runs: list[Path], tmp_path: Path) -> None:
+def test_runs_that_judged_the_same_examples_are_tested_against_each_other(
+    tiny_runs: list[Path], tmp_path: Path
+) -> None:
     out = tmp_path / "comparison.html"
     words = ["report", "--run", str(tiny_runs[0]), "--run", str(tiny_runs[1]), "--out", str(out)]
     assert main(words) == 0
