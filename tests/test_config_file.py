@@ -256,7 +256,7 @@ checkpoint: 7
             "FILE:15 name: this key is given twice",
             "FILE:2 model.path: should be a string, not 3",
             "FILE:3 model.dtpye: unknown key; did you mean model.dtype?",
-            "FILE:4 task.kind: 'seq2sek' is not one of seq2seq, causal, classification; did you mean seq2seq?",
+            f"FILE:4 task.kind: 'seq2sek' is not one of {', '.join(SECTIONS)}; did you mean seq2seq?",
             "FILE:7 data.splits: should be a list of 3, not [0.8, 0.1]",
             "FILE:9 optimizer.learning_rate: unknown key; did you mean optimizer.lr?",
             "FILE:10 optimizer.lr: should be a number, not '1e-4'",
@@ -418,7 +418,9 @@ def random_config(rng: random.Random) -> Config:
     for key in ("source", "text", "messages", "tools", "template", "prompt", "target"):
         if key in task and (key != "target" or task["kind"] == "causal"):
             del task[key]
-    if task["kind"] == "causal" and rng.random() < 0.5:
+    if task["kind"] in ("token_classification", "question_answering"):
+        task |= {"max_source_tokens": 16}
+    elif task["kind"] == "causal" and rng.random() < 0.5:
         task["text"] = rng.choice(STRINGS)
     elif task["kind"] == "causal" and rng.random() < 0.5 and task.get("max_source_tokens", 512) > 1:
         task |= {
@@ -443,13 +445,13 @@ def random_config(rng: random.Random) -> Config:
         paths = [rng.choice(STRINGS) for _ in sources]
         values["data"]["train"] = paths if kind == "path" else [{"path": path, **shares[kind]} for path in paths]
     trains_tokenizer = str(values["model"].get("tokenizer")).startswith("train:")
-    if task["kind"] == "classification" or "steps" not in values["duration"] or trains_tokenizer:
+    if "classification" in task["kind"] or "steps" not in values["duration"] or trains_tokenizer:
         values["data"].pop("streaming", None)
     values["batch"] = rng.choice([{}, {"examples": 7}, {"tokens": 500}, {"examples": None, "tokens": 9}])
     values["batch"] |= rng.choice([{}, {"micro_examples": 3}, {"micro_tokens": 64}])
     if values["data"].get("batching") == "packed":
         values.get("model", {}).pop("attention", None)
-        if task["kind"] == "classification":
+        if not SECTIONS[task["kind"]].packs:
             del values["data"]["batching"]
     if "checkpoint" in values:
         values["checkpoint"]["every"] = rng.choice([1, 700, "30s", "10m", "2h"])

@@ -110,6 +110,11 @@ def _parser() -> Parser:
     )  # fmt: skip
     export.set_defaults(run=commands.export, command=export)
 
+    watch = choices.add_parser("watch", help="a run's figures as they come, also of a run on another machine")
+    watch.add_argument("--run", type=Path, required=True, metavar="DIR", dest="folder", help="the run's folder")
+    watch.add_argument("--once", action="store_true", help="print how it is now, and no more")
+    watch.set_defaults(run=commands.watch, command=watch)
+
     whole = choices.add_parser("verify", help="read every byte of a checkpoint: is it whole?")
     whole.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="RUN/checkpoints/step-…")
     whole.set_defaults(run=checkpoint_commands.verify, command=whole)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -118,6 +120,19 @@ def verify_layout(options: argparse.Namespace) -> int:
                 functools.partial(print, flush=True),
             )
         )
+    return 0
+
+
+def watch(options: argparse.Namespace) -> int:
+    """`shardtune watch`. Returns the exit code; raises ShardtuneError."""
+    from shardtune.watching.watch import watch
+
+    try:
+        watch(options.folder.absolute(), options.once)
+    except KeyboardInterrupt:
+        print()
+    except BrokenPipeError:  # whoever reads has seen enough; nothing is left for Python to write at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

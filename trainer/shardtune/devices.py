@@ -32,6 +32,8 @@ of the tensor cores, as PyTorch multiplies float32 unless told otherwise. By a p
 def peak_flops(device: str, dtype: str) -> float | None:
     """Of the device with this name, in `bfloat16` or `float32`; None where that is not known."""
     words = device.replace("-", " ").split()
+    if "Laptop" in words:  # which bear the names of faster ones
+        return None
     for name in sorted(PEAKS, key=len, reverse=True):
         parts = name.split()
         if any(words[at : at + len(parts)] == parts for at in range(len(words))):

@@ -83,7 +83,8 @@ def work_of(model: nn.Module) -> Work:
     if not config.is_encoder_decoder:
         return Work(None, Stack(sums[False][0], sums[False][1], PAIR * layers * width))
     own = getattr(config, "num_decoder_layers", None) or getattr(config, "decoder_layers", None) or layers
-    return Work(Stack(*sums[True], PAIR * layers * width), Stack(*sums[False], PAIR * own * width))
+    encoder, decoder = sums[True], sums[False]
+    return Work(Stack(encoder[0], encoder[1], PAIR * layers * width), Stack(decoder[0], decoder[1], PAIR * own * width))
 
 
 def _width(config: Any) -> int:

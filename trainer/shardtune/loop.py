@@ -95,7 +95,7 @@ def train(
         loss_sum = torch.zeros((), device=world.device)
         for index, micro_batch in enumerate(step.micro_batches):
             with telling.forward(), strategy.forward(last=index == len(step.micro_batches) - 1):
-                loss = task.loss_sum(strategy.model, micro_batch.to(world.device)) / targets
+                loss = task.loss_sum(strategy.model, micro_batch.to(world.device)) / max(targets, 1.0)
             strategy.backward(loss)
             loss_sum += loss.detach()
 

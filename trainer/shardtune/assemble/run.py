@@ -104,10 +104,10 @@ def train_run(
         ends.callback(progress.close)
         trackers = make_trackers(config, folder, world, after, progress.say)
         records = ends.enter_context(Records(folder, world, trackers, after))
-        ranks = RankFigures(world, strategy.in_step, records.joules)
+        telling = RankFigures(world, strategy.in_step, records.joules)
         reporter = Reporter(
             records, progress, world.device, state, course.total_steps, course.examples_of, config.tracking.every,
-            ranks, work, [peak_flops(name, config.model.dtype) for name in devices],
+            telling, work, [peak_flops(name, config.model.dtype) for name in devices],
         )  # fmt: skip
         splits = evaluated_splits(prepared, config.evaluation.examples)
         judge = make_judge(config, folder, world, evaluator, splits, records, progress, state, course.total_steps)
@@ -147,7 +147,7 @@ def train_run(
         train(
             state, sys.maxsize if course.total_steps is None else course.total_steps, course.steps, task, in_loop,
             world, rate_of, functools.partial(clip_scale, max_grad_norm=config.optimizer.max_grad_norm),
-            boundaries, ranks, after_step,
+            boundaries, telling, after_step,
         )  # fmt: skip
         boundaries.end()
         if stream is not None and stream.noted:

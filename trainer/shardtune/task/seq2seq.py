@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from shardtune.protocols import Batch, Encoded, Generation, Text, Tokens
 from shardtune.row_fields import Fields
 from shardtune.section import Positive
-from shardtune.task.section import WRITTEN, Parts, TaskSection
+from shardtune.task.section import WRITTEN, Parts, PromptedSection
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from shardtune.ragged import LayOut
 
 
-class Config(TaskSection):
+class Config(PromptedSection):
     """An encoder-decoder reads the source and writes the target."""
 
     kind: Literal["seq2seq"]

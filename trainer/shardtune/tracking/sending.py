@@ -11,6 +11,8 @@ from shardtune.tracking.tracker import Histogram, Tracker
 
 CLOSING_SECONDS = 120.0
 """How long the end of a run waits for what has not been sent."""
+STOPPING_SECONDS = 10.0
+"""The same of a run that does not come to its end: whoever stopped it may not wait long before it kills it."""
 
 
 class Sending:
@@ -71,10 +73,11 @@ class Sending:
         kept = None if final is None else dict(final)
         self._calls.put(lambda: self._tracker.close(kept))
         self._calls.put(None)
-        self._thread.join(self._closing_seconds)
+        seconds = self._closing_seconds if final is not None else min(self._closing_seconds, STOPPING_SECONDS)
+        self._thread.join(seconds)
         if self._thread.is_alive():
             unsent = max(self._calls.qsize(), 1)
-            self._say(f"warning: {self._name}: {unsent} records could not be sent in {self._closing_seconds:.0f} s")
+            self._say(f"warning: {self._name}: {unsent} records could not be sent in {seconds:.1f} s")
         elif self._failed > 1:
             self._say(f"warning: {self._name}: {self._failed} records in all could not be sent")
 

@@ -55,7 +55,7 @@ class WandbTracker:
         import wandb
 
         if texts:
-            rows = [[index, text] for index, text in enumerate(texts)]
+            rows: list[Any] = [[index, text] for index, text in enumerate(texts)]
             self._run.log({"step": step, name: wandb.Table(columns=["example", "text"], data=rows)})
 
     def histograms(self, step: int, values: Mapping[str, Histogram]) -> None:
