@@ -96,6 +96,7 @@ class Chaos:
         self.folder = folder
         self._warm = warm
         self._number = 0
+        self._turn = self.rng.randrange(len(CASES))
         self._whole: dict[tuple[Case, bool], Whole] = {}
         self.configs = {
             (method, dropout): self._config(method, dropout) for method in ("lora", "full") for dropout in (True, False)
@@ -146,7 +147,7 @@ class Chaos:
         of the one that nothing happened to.
         """
         outcome = Outcome()
-        turn = 0
+        turn = self._turn
         while outcome.done < count:
             case = CASES[turn % len(CASES)]
             turn += 1

@@ -38,7 +38,7 @@ def test_a_lora_checkpoint_holds_only_what_is_trained(chaos: Chaos) -> None:
 
 
 def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(chaos: Chaos) -> None:
-    check(chaos, chaos.kills(len(CASES), chaos.at_random, in_a_run=1), len(CASES))
+    check(chaos, chaos.kills(len(CASES) // 2, chaos.at_random, in_a_run=1), len(CASES) // 2)  # of a first one drawn
 
 
 def test_killed_while_it_saves_a_run_ends_as_if_it_had_not_been(chaos: Chaos) -> None:

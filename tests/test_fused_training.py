@@ -18,8 +18,12 @@ import tiny
 from launching import command, run
 
 pytestmark = pytest.mark.timeout(900)
-STEPS = {"single": {"lora": 20, "qlora": 5}, **{key: {"lora": 2, "qlora": 2} for key in ("ddp", "fsdp2", "zero3")}}
-"""Alone, as long as the losses of a small model need to be far from where they began."""
+LONG = os.environ.get("SHARDTUNE_TEST_ALL") == "1"
+STEPS = {
+    "single": {"lora": 20, "qlora": 5} if LONG else {"lora": 8, "qlora": 2},
+    **{kind: {"lora": 2, "qlora": 2} for kind in ("ddp", "fsdp2", "zero3")},
+}
+"""Alone, in the long form, as long as the losses of a small model need to be far from where they began."""
 # Rows of whole blocks of 64 for weights in four bits; smooth activations, as rounding decides near a kink.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "t5": {

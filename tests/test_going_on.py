@@ -284,8 +284,8 @@ def test_an_error_loses_no_checkpoint(
     tiny: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], at: int, kept: list[str],
     error: Exception,
 ) -> None:  # fmt: skip
-    def run(evaluator: Any, step: int, *others: Any) -> Any:
-        assert step == at
+    def run(evaluator: Any, name: str, *others: Any) -> Any:
+        assert name == f"step-{at}"
         raise error
 
     monkeypatch.setattr(Evaluator, "run", run)

@@ -117,6 +117,7 @@ def train(
         state.tokens += int(tokens)
         state.target_tokens += int(targets)
         state.digest = _chained(state.digest, step)
+        state.recent_loss, state.recent_steps = state.recent_loss + loss, state.recent_steps + 1
         seconds = time.perf_counter() - begun
         after_step(StepReport(loss, grad_norm, lr, int(tokens), 1 - tokens / slots, seconds, waited))
 

@@ -6,7 +6,7 @@ c classes, d model width, r rank of LoRA.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -129,7 +129,8 @@ class Generation(NamedTuple):
     """Whether all ranks must call the model equally often, because each holds only a part of it."""
     min_new_tokens: int = 0
     length_penalty: float = 1.0
-    """Of beam search: texts are compared by the sum of their log probabilities over length ** this."""
+    """Of beam search: texts are compared by the sum of their log probabilities over length ** this. Like the two
+    around it, it leaves the model's own setting as it is where it is not given."""
     no_repeat_ngram: int = 0
     """So many tokens in a row are written once only; 0: they may be again."""
     temperature: float = 0.0
@@ -141,6 +142,8 @@ class Generation(NamedTuple):
     seed: int = 0
     """Of what is drawn; with the example's number in its split (`Tokens.number`) it decides the text, whatever the
     batch and the ranks."""
+    count: Callable[[int], None] | None = None
+    """Told how many tokens were written, padding not among them."""
 
 
 class Shard(NamedTuple):
@@ -349,7 +352,10 @@ class Strategy(Protocol):
     model: nn.Module
     """What the forward pass is called on."""
     in_step: bool
-    """Whether forward passes need all ranks, because parameters are gathered for them."""
+    """Whether forward passes need all ranks, because parameters are gathered for them; it may change within
+    `evaluating`."""
+    evaluates: str
+    """How parameters were gathered in `evaluating`, for people; empty where every rank has them all."""
 
     def prepare(self, model: nn.Module, weights: Weights, make_optimizer: MakeOptimizer | None) -> None:
         """Places a meta-device model, fills it and, unless None is given, builds its optimizer."""

@@ -99,7 +99,13 @@ def _forward(after: After, head: nn.Linear, original: Callable[..., Any], hidden
         return original(hidden)
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    learning.loss = linear_cross_entropy(
-        hidden.to(dtype), head.weight, learning.labels, head.bias, IGNORED, after.soft_cap, scale=after.scale
-    )
-    return 0.0 * learning.loss
+
+    def summed(rows: Tensor, labels: Tensor) -> Tensor:
+        return linear_cross_entropy(rows, head.weight, labels, head.bias, IGNORED, after.soft_cap, scale=after.scale)
+
+    hidden = hidden.to(dtype)
+    if learning.by_row:
+        learning.loss = torch.stack([summed(*row) for row in zip(hidden, learning.labels, strict=True)])
+    else:
+        learning.loss = summed(hidden, learning.labels)
+    return 0.0 * learning.loss.sum()

@@ -41,7 +41,6 @@ class Config(TaskSection):
     max_source_tokens)."""
 
     head: ClassVar[str] = "causal"
-    scores: ClassVar[tuple[str, ...]] = WRITTEN
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -52,6 +51,11 @@ class Config(TaskSection):
     def fields(self) -> Fields:
         """One of the three."""
         return Fields(self.text or self.source, self.prompt, self.target, self.messages, self.tools)
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """Those of texts; a whole text is not written, so it is compared with nothing."""
+        return ("perplexity",) if self.text is not None else WRITTEN
 
     @property
     def usual_scores(self) -> list[str]:
@@ -68,6 +72,11 @@ class Config(TaskSection):
         """A whole text and a conversation are limited as sources are."""
         both = self.target is not None
         return (self.max_source_tokens + self.max_target_tokens * both,)
+
+    @property
+    def writes_texts(self) -> bool:
+        """Not where a whole text is learned."""
+        return self.text is None
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """What goes with which input."""
@@ -194,13 +203,36 @@ class Causal:
         kept = inputs.pop("logits_to_keep")
         return sum_of_cross_entropies(model(**inputs, use_cache=False).logits[:, kept], batch.labels)
 
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The same of each example."""
+        from shardtune.documents import read
+        from shardtune.head_loss import losses_by_row
+        from shardtune.task.tokens import cross_entropies_by_row
+
+        read(None)
+        if self._keeps_logits:
+            return losses_by_row(model, batch.inputs, batch.labels, cross_entropies_by_row)
+        inputs = dict(batch.inputs)
+        kept = inputs.pop("logits_to_keep")
+        return cross_entropies_by_row(model(**inputs, use_cache=False).logits[:, kept], batch.labels)
+
     def predict(self, model: nn.Module, examples: Sequence[Tokens], how: Generation) -> list[str]:
         """Generated continuations, without special tokens; sources are padded on the left."""
-        from shardtune.task.tokens import generate, mask, pad
+        from shardtune.task.generation import generate
+        from shardtune.task.tokens import mask, pad
 
         sources = [e.source for e in examples]
-        pad_id, end = self._tokenizer.pad_token_id, self._tokenizer.eos_token_id
-        prompt = pad(sources, pad_id, left=True)
-        written = generate(model, prompt, mask(sources, left=True), how, pad_id, end)  # pyright: ignore
-        new = written[:, prompt.shape[1] :]
-        return [text.strip() for text in self._tokenizer.batch_decode(new, skip_special_tokens=True)]
+        read = pad(sources, self._tokenizer.pad_token_id, left=True), mask(sources, left=True)
+        return generate(model, *read, how, self._tokenizer, examples)  # pyright: ignore[reportArgumentType]
+
+    def targets(self, example: Tokens) -> int:
+        """The tokens that are learned."""
+        return sum(int(token) >= 0 for token in example.target)
+
+    def as_written(self, texts: Sequence[Text], predictions: Sequence[str]) -> list[str]:
+        """As they are."""
+        return list(predictions)
+
+    def references(self, text: Text) -> list[str]:
+        """The continuation; of a whole text nothing is predicted."""
+        return [text.target]

@@ -18,7 +18,8 @@ from shardtune.protocols import Batch, Encoded, Generation, Text, Tokens
 from shardtune.ragged import LayOut
 from shardtune.task.causal import Causal
 from shardtune.task.chat_template import NAMES
-from shardtune.task.tokens import all_ends, generate, learned, mask, pad
+from shardtune.task.generation import all_ends, generate
+from shardtune.task.tokens import learned, mask, pad
 from shardtune.task.turns import UnclearTurnError, assistant_spans
 
 GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -93,13 +94,24 @@ class Chat:
     def predict(self, model: nn.Module, examples: Sequence[Tokens], how: Generation) -> list[str]:
         """The assistant's last turn, given all that stands before it, without special tokens."""
         prompts = [_before_last_turn(example) for example in examples]
-        pad_id, end = self._tokenizer.pad_token_id, self._tokenizer.eos_token_id
-        prompt = pad(prompts, pad_id, left=True)
-        written = generate(model, prompt, mask(prompts, left=True), how, pad_id, end, self._ends)  # pyright: ignore
-        rows = written[:, prompt.shape[1] :].tolist()
-        # An end token that is not a special one would stay in the text.
-        new = [row[: next((n for n, token in enumerate(row) if token in self._ends), None)] for row in rows]
-        return [text.strip() for text in self._tokenizer.batch_decode(new, skip_special_tokens=True)]
+        read = pad(prompts, self._tokenizer.pad_token_id, left=True), mask(prompts, left=True)
+        return generate(model, *read, how, self._tokenizer, examples, self._ends)  # pyright: ignore[reportArgumentType]
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """As `Causal.losses`."""
+        return self._causal.losses(model, batch)
+
+    def targets(self, example: Tokens) -> int:
+        """The assistant's tokens."""
+        return self._causal.targets(example)
+
+    def as_written(self, texts: Sequence[Text], predictions: Sequence[str]) -> list[str]:
+        """As they are."""
+        return list(predictions)
+
+    def references(self, text: Text) -> list[str]:
+        """The assistant's last turn."""
+        return [text.target]
 
     def stop_at_turns_end(self, model: PreTrainedModel) -> None:
         """Others who load the result generate with the model's own settings, and should stop where this task does."""

@@ -43,7 +43,6 @@ class Config(TaskSection):
 
     head: ClassVar[str] = "classification"
     packs: ClassVar[bool] = False
-    scores: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "micro_f1", "matthews", "mse", "pearson", "perplexity")
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -56,6 +55,15 @@ class Config(TaskSection):
         labels_of = {"single_label": one_label, "multi_label": several_labels}.get(self.problem)
         read_target = {"multi_label": read_labels, "regression": read_number}.get(self.problem)
         return Fields(self.text, self.prompt, self.label, labels_of=labels_of, read_target=read_target)
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """By the problem; the loss of one label is that of a word, so it has a perplexity."""
+        return {
+            "single_label": ("accuracy", "macro_f1", "micro_f1", "matthews", "perplexity"),
+            "multi_label": ("accuracy", "macro_f1", "micro_f1"),
+            "regression": ("mse", "pearson"),
+        }[self.problem]
 
     @property
     def usual_scores(self) -> list[str]:
@@ -199,6 +207,18 @@ class Classification:
             [label for label, holds in zip(self._labels, row, strict=True) if holds] for row in (logits > 0).tolist()
         ]
         return [json.dumps(labels, ensure_ascii=False) for labels in held]
+
+    def targets(self, example: Tokens) -> int:
+        """One."""
+        return 1
+
+    def as_written(self, texts: Sequence[Text], predictions: Sequence[str]) -> list[str]:
+        """As they are."""
+        return list(predictions)
+
+    def references(self, text: Text) -> list[str]:
+        """The label, a JSON list of them, or the number."""
+        return [text.target]
 
     def _target(self, text: Text) -> list[int]:
         import numpy as np

@@ -32,9 +32,30 @@ class Multitask:
         """As without."""
         return self._task.loss_sum(model, batch)
 
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """As without."""
+        return self._task.losses(model, batch)
+
+    def targets(self, example: Tokens) -> int:
+        """As without."""
+        return self._task.targets(example)
+
+    def as_written(self, texts: Sequence[Text], predictions: Sequence[str]) -> list[str]:
+        """As without."""
+        return self._task.as_written(texts, predictions)
+
+    def references(self, text: Text) -> list[str]:
+        """As without."""
+        return self._task.references(text)
+
     def predict(self, model: nn.Module, examples: Sequence[Tokens], how: Generation) -> list[str]:
         """As without."""
         return self._task.predict(cast(nn.Module, _Told(model, _tasks(examples))), examples, how)
+
+
+def of_one(task: Task) -> Task:
+    """The task for a model that is not told which of several an example is of."""
+    return task._task if isinstance(task, Multitask) else task
 
 
 def _tasks(examples: Sequence[Tokens]) -> Tensor:

@@ -51,8 +51,6 @@ class TaskSection(Section):
     """What the model ends in, of `heads.HEADS`."""
     packs: ClassVar[bool] = True
     """Whether examples can share a row, so that `data.batching: packed` works."""
-    scores: ClassVar[tuple[str, ...]]
-    """The metrics that fit what the task predicts."""
 
     @property
     @abstractmethod
@@ -63,6 +61,11 @@ class TaskSection(Section):
     @abstractmethod
     def fields(self) -> Fields:
         """Which fields of a row make an example."""
+
+    @property
+    @abstractmethod
+    def scores(self) -> tuple[str, ...]:
+        """The metrics that fit what the task predicts."""
 
     @property
     @abstractmethod
@@ -86,6 +89,12 @@ class TaskSection(Section):
             architecture.num_labels = len(labels)
             architecture.id2label = dict(enumerate(labels))
             architecture.label2id = {label: index for index, label in enumerate(labels)}
+
+    @property
+    def writes_texts(self) -> bool:
+        """Whether the model generates what it predicts, so that the options of `evaluation` for texts mean
+        something."""
+        return False
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Which valid values cannot go together: pairs of (key, what is wrong with it)."""

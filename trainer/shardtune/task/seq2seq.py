@@ -30,7 +30,6 @@ class Config(TaskSection):
     """Longest target, in tokens, its end token included."""
 
     head: ClassVar[str] = "seq2seq"
-    scores: ClassVar[tuple[str, ...]] = WRITTEN
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -41,6 +40,11 @@ class Config(TaskSection):
     def fields(self) -> Fields:
         """Source and target."""
         return Fields(input=self.source, prompt=self.prompt, target=self.target)
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """Those of texts."""
+        return WRITTEN
 
     @property
     def usual_scores(self) -> list[str]:
@@ -56,6 +60,11 @@ class Config(TaskSection):
     def longest_rows(self) -> tuple[int, ...]:
         """As limited."""
         return (self.max_source_tokens, self.max_target_tokens)
+
+    @property
+    def writes_texts(self) -> bool:
+        """The target."""
+        return True
 
     def make(self, parts: Parts) -> Seq2Seq:
         """The task itself."""
@@ -134,11 +143,32 @@ class Seq2Seq:
         read(batch.documents)
         return summed_loss(model, batch.inputs, batch.labels, sum_of_cross_entropies)
 
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The same of each example."""
+        from shardtune.documents import read
+        from shardtune.head_loss import losses_by_row
+        from shardtune.task.tokens import cross_entropies_by_row
+
+        read(None)
+        return losses_by_row(model, batch.inputs, batch.labels, cross_entropies_by_row)
+
     def predict(self, model: nn.Module, examples: Sequence[Tokens], how: Generation) -> list[str]:
         """Generated texts, without special tokens."""
-        from shardtune.task.tokens import generate, mask, pad
+        from shardtune.task.generation import generate
+        from shardtune.task.tokens import mask, pad
 
         sources = [e.source for e in examples]
-        pad_id, end = self._tokenizer.pad_token_id, self._tokenizer.eos_token_id
-        written = generate(model, pad(sources, pad_id), mask(sources), how, pad_id, end)  # pyright: ignore
-        return [text.strip() for text in self._tokenizer.batch_decode(written, skip_special_tokens=True)]
+        read = pad(sources, self._tokenizer.pad_token_id), mask(sources)
+        return generate(model, *read, how, self._tokenizer, examples)  # pyright: ignore[reportArgumentType]
+
+    def targets(self, example: Tokens) -> int:
+        """All tokens of the text, its end token included."""
+        return len(example.target)
+
+    def as_written(self, texts: Sequence[Text], predictions: Sequence[str]) -> list[str]:
+        """As they are."""
+        return list(predictions)
+
+    def references(self, text: Text) -> list[str]:
+        """The text to write."""
+        return [text.target]

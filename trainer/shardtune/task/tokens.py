@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -12,10 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from shardtune import documents
-from shardtune.protocols import IGNORED, Batch, Generation
+from shardtune.protocols import IGNORED, Batch
 from shardtune.ragged import LayOut, Ragged, Stream
 
 NO_LABELS = torch.empty(0, dtype=torch.int64)
@@ -144,36 +142,7 @@ def sum_of_cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
-def all_ends(ends: int | list[int], more: Sequence[int]) -> int | list[int]:
-    """End tokens as a generation config holds them, each once."""
-    return [*dict.fromkeys([*(ends if isinstance(ends, list) else [ends]), *more])] if more else ends
-
-
-def generate(
-    model: PreTrainedModel,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    how: Generation,
-    pad_id: int,
-    eos_id: int,
-    more_ends: Sequence[int] = (),
-) -> Tensor:
-    """Greedy or beam search with the model's own generation settings (such as forced tokens), never sampling.
-
-    `more_ends`: tokens that end a text beside the model's own end tokens, or `eos_id` where it names none. int64
-    [b, generated length]; for decoders the prompt is included.
-    """
-    documents.read(None)
-    settings = copy.deepcopy(getattr(model, "generation_config", None)) or GenerationConfig()
-    ends = all_ends(settings.eos_token_id or eos_id, more_ends)
-    settings.update(
-        max_new_tokens=how.max_new_tokens, max_length=None, num_beams=how.beams, do_sample=False, temperature=None,
-        top_k=None, top_p=None, use_cache=True, pad_token_id=pad_id, eos_token_id=ends,
-    )  # fmt: skip
-    device = next(model.parameters()).device
-    return model.generate(  # pyright: ignore[reportCallIssue, reportReturnType]
-        input_ids=input_ids.to(device),
-        attention_mask=attention_mask.to(device),
-        generation_config=settings,
-        synced_gpus=how.in_step,
-    )
+def cross_entropies_by_row(logits: Tensor, labels: Tensor) -> Tensor:
+    """The same of each row, float32 [b]; logits [b, t, v], labels [b, t]. One row after the other: a copy of all logits
+    in float32 is what takes most memory."""
+    return torch.stack([sum_of_cross_entropies(row, wanted) for row, wanted in zip(logits, labels, strict=True)])
