@@ -26,7 +26,8 @@ from shardtune.tuning_config import VirtualTokensSection
 from shardtune.world import World
 
 BETWEEN = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"'”’)\]])\s+|(?<=[。！？])\s*|\n+")
-"""Between two sentences: white space after a full stop, with a quotation mark or a bracket or without, or a new line."""
+"""What is between two sentences: white space after a full stop, which may have a quotation mark or a bracket behind it,
+or a new line."""
 COUNTED = 1000
 """Training references whose sentences are counted."""
 LEAD = 3
