@@ -10,11 +10,12 @@ import pytest
 import yaml
 
 from shardtune.aliases import ALIASES
-from shardtune.config import Config
+from shardtune.config import Config, MetricName
 from shardtune.config_file import dump_config, keys_of, load_config
 from shardtune.conflicts import conflicts
 from shardtune.errors import ConfigError
 from shardtune.task.registry import SECTIONS
+from shardtune.task.section import WRITTEN
 from shardtune.tuning_config import LoraConfig, TuningConfig
 
 BASE = "model: {path: a/b}\ntask: {kind: seq2seq, source: s, target: t}\ndata: {train: x.jsonl}\n"
@@ -255,13 +256,13 @@ checkpoint: 7
             "FILE:15 name: this key is given twice",
             "FILE:2 model.path: should be a string, not 3",
             "FILE:3 model.dtpye: unknown key; did you mean model.dtype?",
-            "FILE:4 task.kind: 'seq2sek' is not one of seq2seq, causal, classification; did you mean seq2seq?",
+            f"FILE:4 task.kind: 'seq2sek' is not one of {', '.join(SECTIONS)}; did you mean seq2seq?",
             "FILE:7 data.splits: should be a list of 3, not [0.8, 0.1]",
             "FILE:9 optimizer.learning_rate: unknown key; did you mean optimizer.lr?",
             "FILE:10 optimizer.lr: should be a number, not '1e-4'",
             "FILE:11 optimizer.betas.1: should be less than 1, not 1.0",
-            "FILE:13 evaluation.metrics.0: 'rogue' is not one of rouge, bleu, chrf, exact_match, accuracy, macro_f1, "
-            "perplexity; did you mean rouge?",
+            f"FILE:13 evaluation.metrics.0: 'rogue' is not one of {', '.join(get_args(MetricName))}; "
+            "did you mean rouge?",
             "FILE:16 checkpoint: expects a section of keys, not 7",
             "command line seed: should be greater than or equal to 0, not -1",
         ]
@@ -283,7 +284,7 @@ checkpoint: 7
         ("evaluation: {metrics: rouge}", "evaluation.metrics: should be a list, not 'rouge'"),
         ("name: 12", "name: should be a string, not 12"),
         ("name: a/b", "name: 'a/b' should be letters, digits, '.', '_' and '-', beginning with a letter or a digit"),
-        ("tracking: {wandb: true}", "tracking.wandb: true is not possible in this version, only false"),
+        ("tracking: {wandb: 1}", "tracking.wandb: should be a boolean, not 1"),
         ("strategy: {kind: fsdp}", "strategy.kind: 'fsdp' is not one of auto, single, ddp, fsdp2, zero1, zero2, zero3; "
                                    "did you mean fsdp2?"),
         ("duration: {minutes: 0}", "duration.minutes: should be greater than 0, not 0"),
@@ -374,8 +375,9 @@ STRINGS = [
 
 
 def random_value(rule: dict[str, Any], rng: random.Random) -> Any:
-    if "anyOf" in rule:
-        return random_value(rng.choice(rule["anyOf"]), rng)
+    for key in ("anyOf", "oneOf"):
+        if key in rule:
+            return random_value(rng.choice(rule[key]), rng)
     if "const" in rule:
         return rule["const"]
     if "enum" in rule:
@@ -416,7 +418,9 @@ def random_config(rng: random.Random) -> Config:
     for key in ("source", "text", "messages", "tools", "template", "prompt", "target"):
         if key in task and (key != "target" or task["kind"] == "causal"):
             del task[key]
-    if task["kind"] == "causal" and rng.random() < 0.5:
+    if task["kind"] in ("token_classification", "question_answering"):
+        task |= {"max_source_tokens": 16}
+    elif task["kind"] == "causal" and rng.random() < 0.5:
         task["text"] = rng.choice(STRINGS)
     elif task["kind"] == "causal" and rng.random() < 0.5 and task.get("max_source_tokens", 512) > 1:
         task |= {
@@ -441,13 +445,13 @@ def random_config(rng: random.Random) -> Config:
         paths = [rng.choice(STRINGS) for _ in sources]
         values["data"]["train"] = paths if kind == "path" else [{"path": path, **shares[kind]} for path in paths]
     trains_tokenizer = str(values["model"].get("tokenizer")).startswith("train:")
-    if task["kind"] == "classification" or "steps" not in values["duration"] or trains_tokenizer:
+    if "classification" in task["kind"] or "steps" not in values["duration"] or trains_tokenizer:
         values["data"].pop("streaming", None)
     values["batch"] = rng.choice([{}, {"examples": 7}, {"tokens": 500}, {"examples": None, "tokens": 9}])
     values["batch"] |= rng.choice([{}, {"micro_examples": 3}, {"micro_tokens": 64}])
     if values["data"].get("batching") == "packed":
         values.get("model", {}).pop("attention", None)
-        if task["kind"] == "classification":
+        if not SECTIONS[task["kind"]].packs:
             del values["data"]["batching"]
     if "checkpoint" in values:
         values["checkpoint"]["every"] = rng.choice([1, 700, "30s", "10m", "2h"])
@@ -473,6 +477,7 @@ def test_what_is_written_is_read_back(file: File) -> None:
 CAUSAL = "model: {path: a/b}\ndata: {train: x.jsonl}\ntask:\n  kind: causal\n"
 CLASSES = "model: {path: a/b}\ndata: {train: x.jsonl}\ntask:\n  kind: classification\n  label: l\n"
 EXACTLY = "the input comes from exactly one of"
+NOT_FOR_THIS = "not for this task, whose metrics are"
 
 
 @pytest.mark.parametrize(
@@ -523,11 +528,11 @@ EXACTLY = "the input comes from exactly one of"
         (BASE.replace("a/b", "a/b, layers: [0]") + "tuning: {method: lora}\n",
          "FILE:1 model.layers: an adapter is loaded beside the whole model; use tuning.method: full or freeze"),
         (BASE + "evaluation: {metrics: [rouge, accuracy]}",
-         "FILE:4 evaluation.metrics: accuracy: only for task.kind: classification"),
+         f"FILE:4 evaluation.metrics: accuracy: {NOT_FOR_THIS} {', '.join(WRITTEN)}"),
         (CLASSES + "  text: x\nevaluation: {metrics: [rouge, accuracy, perplexity]}",
-         "FILE:7 evaluation.metrics: perplexity, rouge: classification has labels, no texts"),
+         f"FILE:7 evaluation.metrics: rouge: {NOT_FOR_THIS} accuracy, macro_f1, micro_f1, matthews, perplexity"),
         (CAUSAL + "  text: x\nevaluation: {metrics: [rouge, chrf, perplexity]}",
-         "FILE:6 evaluation.metrics: chrf, rouge: only with a target; task.text has none"),
+         f"FILE:6 evaluation.metrics: rouge, chrf: {NOT_FOR_THIS} perplexity"),
     ],
 )  # fmt: skip
 def test_conflict(file: File, text: str, fault: str) -> None:

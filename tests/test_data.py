@@ -824,7 +824,7 @@ def test_remembered_texts_that_are_damaged_are_read_again_once(tmp_path: Path, d
 
     def counted() -> Splits:
         read.append(path)
-        return read_splits(path, None, None, SHARES, FIELDS, None)
+        return read_splits(path, None, None, SHARES, FIELDS)
 
     def judged() -> dict[str, list[Text]]:
         return load_corpus(lambda: "key", counted, None, judged=3).judged

@@ -422,9 +422,11 @@ def test_end_and_padding_tokens_are_found(tmp_path: Path, texts: list[str]) -> N
     [
         ("t5", "causal", "a t5 model does not fit task.kind: causal; it fits task.kind: seq2seq or classification. "
                          "For causal take a decoder such as llama, qwen3, mistral or gpt2"),
-        ("llama", "seq2seq", "a llama model does not fit task.kind: seq2seq; it fits task.kind: causal or "
-                             "classification. For seq2seq take an encoder-decoder such as t5 or bart"),
-        ("bert", "causal", "a bert model does not fit task.kind: causal; it fits task.kind: classification. "),
+        ("llama", "seq2seq", "a llama model does not fit task.kind: seq2seq; it fits task.kind: causal, "
+                             "classification, token_classification or question_answering. For seq2seq "
+                             "take an encoder-decoder such as t5 or bart"),
+        ("bert", "causal", "a bert model does not fit task.kind: causal; it fits task.kind: classification, "
+                           "token_classification or question_answering. "),
         ("bart", "causal", "it fits task.kind: seq2seq or classification"),
         ("distilbert", "seq2seq", "it fits task.kind: classification"),
     ],

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedTokenizerFast, set_seed
+from transformers import AutoConfig, set_seed
 
 from shardtune.data.fields import texts
 from shardtune.data.sources import Row
@@ -27,48 +27,13 @@ from shardtune.task.classification import Classification
 from shardtune.task.seq2seq import Seq2Seq
 from shardtune.task.tokens import mask, pad
 from skeletons import CLASSES, TASKS, architecture
+from small_tokenizers import fast, sentencepiece, template, wordpiece
 from tiny import WORDS, rows
 
 PAIRS = [Text(f"line {n}", row["text"], row["summary"]) for n, row in enumerate(rows(40, seed=5))]
 
 
 # --------------------------------------------------------------------------------------------- tokenizers
-
-
-def fast(tokenizer: Tokenizer, **special: str) -> Any:
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-
-
-def template(tokenizer: Tokenizer, single: str) -> None:
-    specials = [(token, tokenizer.token_to_id(token)) for token in single.split() if token != "$A"]
-    tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=specials)  # pyright: ignore
-
-
-def sentencepiece(single: str) -> Any:
-    """As T5's (`$A </s>`) and Llama's (`<s> $A`): unigrams, spaces written as ▁."""
-    letters = sorted({letter for word in WORDS for letter in word})
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<s>", 0.0), ("<unk>", -20.0), ("▁", -5.0)]
-    pieces += [(f"▁{word}", -3.0) for word in WORDS] + [(letter, -8.0) for letter in letters]
-    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=3))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()  # pyright: ignore
-    tokenizer.decoder = decoders.Metaspace()  # pyright: ignore
-    template(tokenizer, single)
-    return fast(tokenizer, pad_token="<pad>", eos_token="</s>", bos_token="<s>", unk_token="<unk>")
-
-
-def wordpiece() -> Any:
-    """As BERT's: [CLS] $A [SEP], lower case, ## for the inside of words."""
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    letters = sorted({letter for word in WORDS for letter in word})
-    vocabulary = [*special, *WORDS, *letters, *(f"##{letter}" for letter in letters)]
-    tokenizer = Tokenizer(models.WordPiece({p: n for n, p in enumerate(dict.fromkeys(vocabulary))}, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()  # pyright: ignore
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # pyright: ignore
-    template(tokenizer, "[CLS] $A [SEP]")
-    # load_tokenizer takes [SEP] for the end token.
-    return fast(
-        tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", eos_token="[SEP]"
-    )
 
 
 @pytest.fixture(scope="module")

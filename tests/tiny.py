@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,8 @@ TASKS: dict[str, dict[str, Any]] = {
         "kind": "causal", "source": "text", "target": "summary", "max_source_tokens": 48, "max_target_tokens": 16,
     },
     "classification": {"kind": "classification", "text": "text", "label": "label", "max_source_tokens": 48},
+    "token_classification": {"kind": "token_classification", "labels": "tags", "max_source_tokens": 24},
+    "question_answering": {"kind": "question_answering", "max_source_tokens": 24},
 }  # fmt: skip
 
 
@@ -62,7 +66,37 @@ def rows(count: int, seed: int = 0) -> list[dict[str, str]]:
     return made
 
 
-def write_rows(path: Path, made: list[dict[str, str]]) -> Path:
+def tagged(made: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """The same texts as words: animals are named, and what they do belongs to the name."""
+    animals, deeds = ("cat", "dog", "bird"), ("runs", "sleeps", "sings")
+
+    def tag(words: list[str], place: int) -> str:
+        if words[place] in animals:
+            return "B-PET"
+        return "I-PET" if place and words[place] in deeds and words[place - 1] in animals else "O"
+
+    texts = [row["text"].split() for row in made]
+    return [{"tokens": words, "tags": [tag(words, place) for place in range(len(words))]} for words in texts]
+
+
+def questions(made: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """Which animal comes first in the text, and what comes after it; in texts without animals nothing does."""
+    rows = []
+    for row in made:
+        found = re.search(r"\b(?:cat|dog|bird)\b(?: \w+)?", row["text"])
+        answers = {"text": [found[0]], "answer_start": [found.start()]} if found else {"text": [], "answer_start": []}
+        rows.append({"question": "the first one", "context": row["text"], "answers": answers})
+    return rows
+
+
+MADE: dict[str, Callable[[list[dict[str, str]]], list[dict[str, Any]]]] = {
+    "token_classification": tagged,
+    "question_answering": questions,
+}
+"""What the rows of a task are made of."""
+
+
+def write_rows(path: Path, made: Sequence[Mapping[str, Any]]) -> Path:
     """A .jsonl file."""
     path.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
     return path
@@ -77,15 +111,17 @@ def tiny_config(folder: Path, model: str = "t5", **overrides: Any) -> Path:
     architecture = folder / model
     architecture.mkdir(exist_ok=True)
     (architecture / "config.json").write_text(json.dumps(ARCHITECTURES[model]))
-    task = {"t5": "seq2seq", "bart": "seq2seq", "bert": "classification"}.get(model, "causal")
+    usual = {"t5": "seq2seq", "bart": "seq2seq", "bert": "classification"}.get(model, "causal")
+    task = overrides.get("task", TASKS[usual])
+    make = MADE.get(task["kind"], list)
     config: dict[str, Any] = {
         "name": "tiny",
         "runs": str(folder / "runs"),
         "model": {"path": str(architecture), "weights": "random", "tokenizer": "train:400", "dtype": "float32"},
-        "task": dict(TASKS[task]),
+        "task": dict(task),
         "data": {
-            "train": str(write_rows(folder / "train.jsonl", rows(60, seed=1))),
-            "validation": str(write_rows(folder / "validation.jsonl", rows(7, seed=2))),
+            "train": str(write_rows(folder / "train.jsonl", make(rows(60, seed=1)))),
+            "validation": str(write_rows(folder / "validation.jsonl", make(rows(7, seed=2)))),
         },
         "batch": {"examples": 12, "micro_examples": 4},
         "optimizer": {"lr": 1e-3, "schedule": "linear", "warmup": 0},

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 
 from shardtune.config import BATCH_SIZES, Config, DataConfig
+from shardtune.metrics import has_direction, score_names
 from shardtune.optimizer_config import PagedAdamw8bitConfig, PagedAdamwConfig, ScheduleFreeConfig
 from shardtune.tuning_config import (
     AdaloraConfig,
@@ -99,6 +101,22 @@ def conflicts(config: Config) -> Iterator[tuple[str, str]]:
                 "evaluation.metrics",
                 f"{', '.join(wrong)}: not for this task, whose metrics are {', '.join(task.scores)}",
             )
+            return
+    yield from _best_conflicts(config)
+
+
+def _best_conflicts(config: Config) -> Iterator[tuple[str, str]]:
+    evaluation, data = config.evaluation, config.data
+    if evaluation.best is not None:
+        metrics = config.task.usual_scores if evaluation.metrics is None else evaluation.metrics
+        names = [name for name in score_names(metrics) if has_direction(name)]
+        if evaluation.best not in names:
+            close = difflib.get_close_matches(evaluation.best, names, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            yield "evaluation.best", f"{evaluation.best} is not among what is scored: {', '.join(names)}{hint}"
+    for key in ("best", "patience"):
+        if getattr(evaluation, key) is not None and data.validation is None and data.test is not None:
+            yield f"evaluation.{key}", "looks at validation, which has no examples; give data.validation"
 
 
 def _evaluation_conflicts(config: Config) -> Iterator[tuple[str, str]]:

@@ -6,6 +6,7 @@ c classes, d model width, r rank of LoRA.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -51,7 +52,8 @@ class Tokens(NamedTuple):
     source: NDArray[np.int32]
     target: NDArray[np.int32]
     """The tokens to write with their end token, or one class index: each is a target of the loss. Between the turns
-    of a conversation stand tokens that are read but not learned, as `~id`, so negative."""
+    of a conversation stand tokens that are read but not learned, as `~id`, so negative. Where targets are of places in
+    the source, it has such tokens in all other places."""
     origin: int = 0
     """Which source of the training data it is from."""
     number: int = 0
@@ -85,7 +87,8 @@ class Batch:
     inputs: dict[str, Tensor]
     """Arguments of the model's forward, int64, [b, s] and [b, t]; of a packed batch, [1, s] and [1, t]."""
     labels: Tensor
-    """int64, [b, t], or [b] for classification; IGNORED where there is no target."""
+    """int64, [b, t], or [b] for classification; IGNORED where there is no target. Or float32, NaN where there is
+    none."""
     tokens: int
     """Source and target tokens that are not padding."""
     targets: int
@@ -114,7 +117,7 @@ class Batch:
 
     def blank(self) -> Batch:
         """The same shapes with nothing to learn: for a rank that has no examples while others compute."""
-        labels = self.labels.new_full(self.labels.shape, IGNORED)
+        labels = self.labels.new_full(self.labels.shape, math.nan if self.labels.is_floating_point() else IGNORED)
         ragged = self.ragged.blank() if self.ragged is not None else None
         return replace(self, labels=labels, tokens=0, targets=0, ragged=ragged)
 
@@ -209,7 +212,8 @@ class Task(Protocol):
     """Whether `predict` gives texts or labels that metrics can compare with references."""
 
     def encode(self, texts: Sequence[Text]) -> list[Encoded]:
-        """Token ids of each text. Raises DataError naming the place of a text that cannot be used."""
+        """Token ids of each text; an empty target is not known, for `predict`. Raises DataError naming the place of a
+        text that cannot be used."""
         ...
 
     def collate(self, examples: Sequence[Tokens], packed: bool = False) -> Batch:

@@ -83,11 +83,9 @@ def read_sources(config: Config, path: Path) -> list[str]:
     A conversation loses the assistant's turns that it ends with: the model is to answer what stands before. Raises
     DataError where the file is missing or a row lacks a field.
     """
-    task = config.task
-    fields = task.fields
+    fields = config.task.asked
     if fields.messages is not None:
         return list(questions(rows(str(path), "test"), fields.messages, fields.tools))
-    fields = dataclasses.replace(fields, target=None)
     return [text.source for text in texts(rows(str(path), "test"), fields, Counter())]
 
 
@@ -95,4 +93,4 @@ def source_of(config: Config, text: str) -> str:
     """What the model is to read where a user gives one text: in conversations it is one user turn."""
     if config.task.fields.messages is not None:
         return to_text(Conversation([{"role": "user", "content": text}], []))[0]
-    return text
+    return config.task.source_of(text)

@@ -22,6 +22,7 @@ from shardtune.assemble.quiet import quiet_libraries
 from shardtune.assemble.tunings import quantization_of
 from shardtune.config import Config
 from shardtune.errors import ConfigError, NumbersError, StorageError
+from shardtune.heads import HEADS
 from shardtune.model.quantized import dequantize_layers
 from shardtune.model.skeleton import load_model
 from shardtune.model.tokenizer import load_tokenizer, save_tokenizer
@@ -137,7 +138,7 @@ def _merge(config: Config, run: Path, folder: Path, partial: Path, choice: BaseC
             dequantize_layers(base.cpu())
         labels = saved_labels(folder)
         task = config.task.make(Parts(tokenizer, base.config, path, labels))
-        examples, origin = _examples(run, task, base, is_classifier=bool(labels))
+        examples, origin = _examples(run, task, base, writes=not HEADS[kind].is_new)
         logits = _logits_of(task, examples)
         tuned: Any = with_adapter(base, folder).eval()
         beside = logits(tuned)
@@ -205,7 +206,9 @@ def _logits_of(task: Task, examples: Sequence[Tokens]) -> Callable[[nn.Module], 
             if not keeps_logits(whole.config):
                 inputs.pop("logits_to_keep", None)
             with torch.no_grad():
-                found.append(model(**inputs).logits.float().cpu())
+                output = model(**inputs)
+            parts = [output[name] for name in ("logits", "start_logits", "end_logits") if name in output]
+            found.append(torch.cat([part.float().flatten() for part in parts]).cpu())
         return found
 
     return logits
@@ -217,11 +220,13 @@ def _difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> Difference
     return Difference(float(largest), float(torch.stack([one.abs().max() for one, _ in pairs]).max()))
 
 
-def _examples(run: Path, task: Task, model: PreTrainedModel, is_classifier: bool) -> tuple[list[Tokens], str]:
+def _examples(run: Path, task: Task, model: PreTrainedModel, writes: bool) -> tuple[list[Tokens], str]:
     """A few of the examples that the run was judged on, or random tokens where there are none, and what they are."""
     for file in sorted(run.glob("predictions/step-*.jsonl"), reverse=True):
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:EXAMPLES]]
-        texts = [Text(f"{file}:{n}", line["source"], line["reference"]) for n, line in enumerate(lines, 1)]
+        texts = [
+            Text(f"{file}:{n}", line["source"], line["reference"] if writes else "") for n, line in enumerate(lines, 1)
+        ]
         if texts:
             encoded = task.encode(texts)
             cut = [
@@ -230,6 +235,6 @@ def _examples(run: Path, task: Task, model: PreTrainedModel, is_classifier: bool
             return cut, f"{len(cut)} examples of {file.name}"
     rng, vocabulary, half = random.Random(0), model.config.get_text_config().vocab_size, TOKENS // 2
     drawn = [[rng.randrange(vocabulary) for _ in range(TOKENS)] for _ in range(EXAMPLES)]
-    targets = [[0] if is_classifier else row[half:] for row in drawn]
+    targets = [row[half:] if writes else [] for row in drawn]
     examples = [cast(Tokens, Tokens(row[:half], target)) for row, target in zip(drawn, targets, strict=True)]  # pyright: ignore
     return examples, "random tokens"

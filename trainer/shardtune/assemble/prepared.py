@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,8 @@ def prepare(config: Config, world: World, corpus: Corpus | None, result: Path | 
     fit_config(architecture, tokenizer, newly_trained)
     labels: list[str] = []
     if config.task.fields.labels_of is not None:
-        labels = saved_labels(result) if result is not None else world.first_does("labels", lambda: _labels(corpus))
+        known = functools.partial(_labels, corpus, config.task.least_labels)
+        labels = saved_labels(result) if result is not None else world.first_does("labels", known)
     config.task.fit(architecture, labels)
     check_positions(config, architecture)
     if is_chat(config.task) and result is None:  # a result's tokenizer has the template
@@ -129,10 +131,12 @@ def _trained_tokenizer(config: Config, corpus: Corpus | None) -> str:
     return str(folder)
 
 
-def _labels(corpus: Corpus | None) -> list[str]:
+def _labels(corpus: Corpus | None, least: int) -> list[str]:
     assert corpus is not None
     labels = corpus.labels
-    if len(labels) < 2:
+    if not labels:
+        raise DataError("no training example has a label; there is nothing to tell apart")
+    if len(labels) < least:
         raise DataError(f"every training example has the label {labels[0]!r}; there is nothing to tell apart")
     return labels
 

@@ -86,10 +86,9 @@ def generate(config: Config, folder: Path, sources: Sequence[str], as_json: bool
         base = cast(PreTrainedModel, model)
         task = of_tasks(config, config.task.make(Parts(tokenizer, base.config, config.model.path, labels)))
         how = how_to_write(config)
-        target = labels[0] if labels else ""
         for start in range(0, len(sources), GENERATED_AT_ONCE):
             some = sources[start : start + GENERATED_AT_ONCE]
-            given = [Text("command line", source, target) for source in some]
+            given = [Text("command line", source, "") for source in some]
             encoded = task.encode(given)
             for number, row in enumerate(encoded, start + 1):
                 if row.source_cut:

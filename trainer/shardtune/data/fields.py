@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 from shardtune.data.messages import example, question
 from shardtune.data.sources import Row
 from shardtune.errors import ConfigError, DataError
-from shardtune.kinds import kind
+from shardtune.kinds import check_text, kind
 from shardtune.protocols import Text
 from shardtune.row_fields import Fields
 
@@ -146,12 +146,7 @@ def _text(row: Row, name: str, label: bool = False) -> str:
     if isinstance(value, int | float) and not (isinstance(value, float) and math.isnan(value)):
         return str(value)
     if isinstance(value, str):
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            # JSON can spell half of a surrogate pair; no tokenizer can read it.
-            problem = f"character {error.start} is half of a surrogate pair (\\u{ord(value[error.start]):04x})"
-            raise DataError(f"{where}: not valid text: {problem}") from error
+        check_text(value, where)
         return value
     wanted = "a string, a number or a boolean" if label else "a text"
     raise DataError(f"{where}: {kind(value)}, not {wanted}{_inside(name, value)}")

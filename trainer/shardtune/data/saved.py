@@ -6,9 +6,9 @@ import difflib
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shardtune.data.files import Row
 from shardtune.errors import DataError
@@ -85,13 +85,27 @@ def _rows(dataset: Dataset | IterableDataset, where: str) -> Iterator[Row]:
     number = 0
     try:
         # A saved output format (torch, numpy) would give tensors, and import their library.
+        named = _named(dataset.features)
         for fields in dataset.with_format(None):
             number += 1
-            yield Row(f"{where}:row {number}", dict(fields))
+            yield Row(f"{where}:row {number}", {**fields, **{key: _name(fields[key], named[key]) for key in named}})
     except Exception as error:  # a column of images or sounds is decoded here, by whatever library that needs
         raise DataError(f"{where}: cannot be read after row {number}: {_reason(error)}") from error
     if number == 0:
         raise DataError(f"{where}: the dataset holds no rows")
+
+
+def _named(features: Mapping[str, Any] | None) -> dict[str, list[str]]:
+    """The columns whose integers, or whose lists of them, stand for names, and the names."""
+    inner = {key: getattr(feature, "feature", feature) for key, feature in (features or {}).items()}
+    return {key: feature.names for key, feature in inner.items() if type(feature).__name__ == "ClassLabel"}
+
+
+def _name(value: Any, names: Sequence[str]) -> Any:
+    """-1, where a label is not known, stays as it is."""
+    if isinstance(value, list):
+        return [_name(item, names) for item in value]
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
 
 
 def _reason(error: Exception) -> str:

@@ -44,7 +44,7 @@ class LabelMetric(SummedMetric):
     """A metric that depends on how often each label was right, predicted and expected.
 
     `labels` fixes what the columns of the statistics mean. What is none of them has one more column, as one label; it
-    is right where prediction and reference hold the same unknown ones. Without `labels` they are those of the data.
+    is right where prediction and reference share an unknown one. Without `labels` they are those of the data.
     """
 
     citation_text = _SCIKIT_LEARN
@@ -65,9 +65,7 @@ class LabelMetric(SummedMetric):
             predicted, expected = labels_in(prediction, column), labels_in(reference, column)
             for index, some in enumerate((predicted & expected, predicted, expected)):
                 found[row, index, [column.get(label, -1) for label in some]] = 1
-            if predicted - column.keys() != expected - column.keys():
-                found[row, 0, -1] = 0
-        return found.reshape(len(first), -1)
+        return found.reshape(len(first), 3 * (len(labels) + 1))
 
     def parts(self, sums: Floats) -> tuple[Floats, Floats, Floats]:
         """How often each label was right, predicted, expected: each [..., labels + 1]."""

@@ -83,7 +83,8 @@ def load_architecture(path: str, task: str, trust_remote_code: bool) -> PreTrain
         raise ConfigError(f"model.path {path}: no model can be loaded from there: {reason}") from None
     kinds = _tasks_of(config)
     if task not in kinds and not trust_remote_code:
-        fits = f"it fits task.kind: {' or '.join(kinds)}" if kinds else "it fits no task here"
+        named = " or ".join(part for part in (", ".join(kinds[:-1]), *kinds[-1:]) if part)
+        fits = f"it fits task.kind: {named}" if kinds else "it fits no task here"
         raise ConfigError(
             f"model.path {path}: a {config.model_type} model does not fit task.kind: {task}; {fits}. "
             f"For {task} take {HEADS[task].models}"

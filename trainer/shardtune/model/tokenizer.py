@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from shardtune.errors import ConfigError
+from shardtune.heads import HEADS
 
 PAD, END, BEGIN, UNKNOWN = "<pad>", "</s>", "<s>", "<unk>"
 
@@ -42,8 +43,8 @@ def load_tokenizer(path: str, truncation_side: str, trust_remote_code: bool) -> 
 def train_tokenizer(texts: Iterable[str], pieces: int, task: str, folder: Path) -> None:
     """Trains a byte-level BPE of `pieces` pieces (any text can be written with it) and saves it to `folder`.
 
-    The end token is appended to texts in seq2seq; classification puts the begin token before and the end token after;
-    for decoders nothing is added here.
+    `task`: the head. The end token is appended to texts in seq2seq; models whose head is new read the begin token
+    before one text or two, and the end token after each; for decoders nothing is added here.
     """
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
@@ -55,10 +56,11 @@ def train_tokenizer(texts: Iterable[str], pieces: int, task: str, folder: Path) 
         show_progress=False,  # pyright: ignore
     )
     tokenizer.train_from_iterator(texts, trainer)
-    template = {"seq2seq": f"$A {END}", "classification": f"{BEGIN} $A {END}"}.get(task)
+    template = f"{BEGIN} $A {END}" if HEADS[task].is_new else {"seq2seq": f"$A {END}"}.get(task)
     if template:
+        pair = f"{BEGIN} $A {END} $B:1 {END}:1" if HEADS[task].is_new else None
         specials = [(token, tokenizer.token_to_id(token)) for token in (BEGIN, END)]
-        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=specials)  # pyright: ignore
+        tokenizer.post_processor = processors.TemplateProcessing(template, pair, specials)  # pyright: ignore
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, bos_token=BEGIN, unk_token=UNKNOWN
     )

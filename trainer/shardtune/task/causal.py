@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from shardtune.protocols import Batch, Encoded, Generation, Task, Text, Tokens
 from shardtune.row_fields import Fields
 from shardtune.section import Positive
-from shardtune.task.section import WRITTEN, Parts, TaskSection
+from shardtune.task.section import WRITTEN, Parts, PromptedSection
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from shardtune.ragged import LayOut
 
 
-class Config(TaskSection):
+class Config(PromptedSection):
     """A decoder continues the source with the target (loss on the target), a text (loss on all), or answers in
     conversations (loss on the assistant's turns)."""
 
@@ -41,7 +41,6 @@ class Config(TaskSection):
     max_source_tokens)."""
 
     head: ClassVar[str] = "causal"
-    scores: ClassVar[tuple[str, ...]] = WRITTEN
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -52,6 +51,11 @@ class Config(TaskSection):
     def fields(self) -> Fields:
         """One of the three."""
         return Fields(self.text or self.source, self.prompt, self.target, self.messages, self.tools)
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """Those of texts; a whole text is not written, so it is compared with nothing."""
+        return ("perplexity",) if self.text is not None else WRITTEN
 
     @property
     def usual_scores(self) -> list[str]:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from shardtune.errors import DataError
 from shardtune.kinds import kind
-from shardtune.protocols import Batch, Encoded, Generation, Text, Tokens
+from shardtune.protocols import IGNORED, Batch, Encoded, Generation, Text, Tokens
 from shardtune.row_fields import Fields
-from shardtune.task.section import Parts, TaskSection
+from shardtune.task.section import Parts, PromptedSection
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -28,7 +28,7 @@ PROBLEM_TYPES: Any = {
 """What transformers calls them."""
 
 
-class Config(TaskSection):
+class Config(PromptedSection):
     """A classification head over the text; the labels are those of the training data."""
 
     kind: Literal["classification"]
@@ -43,7 +43,6 @@ class Config(TaskSection):
 
     head: ClassVar[str] = "classification"
     packs: ClassVar[bool] = False
-    scores: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "micro_f1", "matthews", "mse", "pearson", "perplexity")
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -58,6 +57,15 @@ class Config(TaskSection):
         return Fields(self.text, self.prompt, self.label, labels_of=labels_of, read_target=read_target)
 
     @property
+    def scores(self) -> tuple[str, ...]:
+        """By the problem; the loss of one label is that of a word, so it has a perplexity."""
+        return {
+            "single_label": ("accuracy", "macro_f1", "micro_f1", "matthews", "perplexity"),
+            "multi_label": ("accuracy", "macro_f1", "micro_f1"),
+            "regression": ("mse", "pearson"),
+        }[self.problem]
+
+    @property
     def usual_scores(self) -> list[str]:
         """By the problem."""
         return {
@@ -65,6 +73,11 @@ class Config(TaskSection):
             "multi_label": ["micro_f1", "macro_f1", "accuracy"],
             "regression": ["mse", "pearson"],
         }[self.problem]
+
+    @property
+    def least_labels(self) -> int:
+        """Whether a single one holds is worth to be told, too."""
+        return 1 if self.problem == "multi_label" else 2
 
     def fit(self, architecture: PreTrainedConfig, labels: Sequence[str]) -> None:
         """One output is for a number."""
@@ -152,9 +165,10 @@ class Classification:
         source = stream([e.source for e in examples], self._tokenizer.pad_token_id, False, PADDED)
         targets = [np.asarray(e.target, dtype=np.int32) for e in examples]
         if self._problem == "single_label":
-            labels = torch.tensor([int(target[0]) for target in targets])
+            labels = torch.tensor([int(target[0]) if len(target) else IGNORED for target in targets])
         elif self._problem == "regression":
-            labels = torch.from_numpy(np.concatenate(targets).view(np.float32))
+            numbers = [target.view(np.float32) if len(target) else [np.nan] for target in targets]
+            labels = torch.from_numpy(np.concatenate(numbers).astype(np.float32, copy=False))
         else:
             labels = torch.zeros(len(examples), len(self._labels))
             for row, target in zip(labels, targets, strict=True):
@@ -172,12 +186,10 @@ class Classification:
         """The cross entropy of each label; of several the mean of their binary ones; the squared error."""
         from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
-        from shardtune.protocols import IGNORED
-
         logits = model(**batch.inputs).logits.float()
         if self._problem == "single_label":
             return cross_entropy(logits, batch.labels, ignore_index=IGNORED, reduction="none")
-        wanted = batch.labels != IGNORED  # of a blank batch
+        wanted = ~batch.labels.isnan()
         values = batch.labels.where(wanted, 0.0)
         if self._problem == "regression":
             return mse_loss(logits.squeeze(-1), values, reduction="none") * wanted
@@ -215,6 +227,8 @@ class Classification:
     def _target(self, text: Text) -> list[int]:
         import numpy as np
 
+        if not text.target:  # nobody knows it
+            return []
         if self._problem == "regression":
             return np.array([float(text.target)], dtype=np.float32).view(np.int32).tolist()
         labels = one_label(text.target) if self._problem == "single_label" else several_labels(text.target)

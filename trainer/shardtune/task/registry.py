@@ -13,6 +13,8 @@ KINDS = (
     "seq2seq",
     "causal",
     "classification",
+    "token_classification",
+    "question_answering",
 )
 
 SECTIONS = {kind: import_module(f"shardtune.task.{kind}").Config for kind in KINDS}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
@@ -39,8 +40,6 @@ class TaskSection(Section):
 
     kind: Any
     """What the model learns to do."""
-    prompt: str | None = None
-    """Template over the fields of a row, such as "Summarize: {document}", in place of the input field."""
     max_source_tokens: Positive = 512
     """Longest input, in tokens, special tokens included; longer ones are cut and keep their end token. Of `messages`
     the whole conversation, every turn: turns that go beyond it are left out."""
@@ -51,13 +50,6 @@ class TaskSection(Section):
     """What the model ends in, of `heads.HEADS`."""
     packs: ClassVar[bool] = True
     """Whether examples can share a row, so that `data.batching: packed` works."""
-    scores: ClassVar[tuple[str, ...]]
-    """The metrics that fit what the task predicts."""
-
-    @property
-    @abstractmethod
-    def inputs(self) -> tuple[str, ...]:
-        """The keys of which exactly one, or else `prompt`, is given."""
 
     @property
     @abstractmethod
@@ -65,9 +57,29 @@ class TaskSection(Section):
         """Which fields of a row make an example."""
 
     @property
+    def asked(self) -> Fields:
+        """The same of a row that has no target: the model is to find it."""
+        return dataclasses.replace(self.fields, target=None)
+
+    def source_of(self, text: str) -> str:
+        """What the model is to read where a user gives one text on the command line. Raises ConfigError where that
+        cannot be all."""
+        return text
+
+    @property
+    @abstractmethod
+    def scores(self) -> tuple[str, ...]:
+        """The metrics that fit what the task predicts."""
+
+    @property
     @abstractmethod
     def usual_scores(self) -> list[str]:
         """The metrics where none are named."""
+
+    @property
+    def least_labels(self) -> int:
+        """How many labels the training data must have, where targets name any."""
+        return 2
 
     @property
     def rows(self) -> tuple[tuple[int, ...], ...]:
@@ -95,12 +107,29 @@ class TaskSection(Section):
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Which valid values cannot go together: pairs of (key, what is wrong with it)."""
+        yield from ()
+
+    @abstractmethod
+    def make(self, parts: Parts) -> Task:
+        """The task itself."""
+
+
+class PromptedSection(TaskSection):
+    """Keys of tasks whose input is a text: that of a field, or made of several by a template."""
+
+    prompt: str | None = None
+    """Template over the fields of a row, such as "Summarize: {document}", in place of the input field."""
+
+    @property
+    @abstractmethod
+    def inputs(self) -> tuple[str, ...]:
+        """The keys of which exactly one, or else `prompt`, is given."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """There is one input."""
+        yield from super().problems()
         given = [key for key in [*self.inputs, "prompt"] if getattr(self, key) is not None]
         wanted = " or ".join(f"task.{key}" for key in [*self.inputs, "prompt"])
         if len(given) != 1:
             problem = "give one, not " + " and ".join(f"task.{key}" for key in given) if given else "none is given"
             yield f"task.{given[-1]}" if given else "task", f"the input comes from exactly one of {wanted}; {problem}"
-
-    @abstractmethod
-    def make(self, parts: Parts) -> Task:
-        """The task itself."""

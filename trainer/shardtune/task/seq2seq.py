@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from shardtune.protocols import Batch, Encoded, Generation, Text, Tokens
 from shardtune.row_fields import Fields
 from shardtune.section import Positive
-from shardtune.task.section import WRITTEN, Parts, TaskSection
+from shardtune.task.section import WRITTEN, Parts, PromptedSection
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from shardtune.ragged import LayOut
 
 
-class Config(TaskSection):
+class Config(PromptedSection):
     """An encoder-decoder reads the source and writes the target."""
 
     kind: Literal["seq2seq"]
@@ -30,7 +30,6 @@ class Config(TaskSection):
     """Longest target, in tokens, its end token included."""
 
     head: ClassVar[str] = "seq2seq"
-    scores: ClassVar[tuple[str, ...]] = WRITTEN
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -41,6 +40,11 @@ class Config(TaskSection):
     def fields(self) -> Fields:
         """Source and target."""
         return Fields(input=self.source, prompt=self.prompt, target=self.target)
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """Those of texts."""
+        return WRITTEN
 
     @property
     def usual_scores(self) -> list[str]:

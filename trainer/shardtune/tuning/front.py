@@ -29,7 +29,10 @@ def put_in_front(model: PeftModel) -> None:
     config = model.active_peft_config
     if config.peft_type not in (PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.MULTITASK_PROMPT_TUNING):
         return
-    forwards = {"CAUSAL_LM": _continue, "SEQ_2_SEQ_LM": _translate, "SEQ_CLS": _classify}
+    forwards = {
+        "CAUSAL_LM": _continue, "SEQ_2_SEQ_LM": _translate, "SEQ_CLS": _classify, "TOKEN_CLS": _mark,
+        "QUESTION_ANS": _mark,
+    }  # fmt: skip
     model.forward = partial(forwards[str(config.task_type)], model)
     if config.task_type == "CAUSAL_LM":
         model.generate = partial(_generate, model)
@@ -95,6 +98,25 @@ def _classify(model: Any, input_ids: Tensor, attention_mask: Tensor, task_ids: T
     last = mask.sum(dim=1) - 1
     logits = base.score(hidden[torch.arange(len(last), device=last.device), last])
     return SequenceClassifierOutput(logits=logits)
+
+
+def _mark(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    task_ids: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+) -> Any:
+    """Outputs at the positions of `input_ids` [b, s] alone."""
+    embeddings, mask = _with_prompt(model, input_ids, attention_mask, task_ids)
+    count, inputs = mask.shape[1] - input_ids.shape[1], {}
+    if token_type_ids is not None:
+        inputs["token_type_ids"] = torch.nn.functional.pad(token_type_ids, (count, 0))
+    output = model.base_model(inputs_embeds=embeddings, attention_mask=mask, **inputs)
+    for name in ("logits", "start_logits", "end_logits"):
+        if name in output:
+            output[name] = output[name][:, count:]
+    return output
 
 
 def reads_last_token(base: Any) -> bool:
