@@ -289,7 +289,7 @@ def test_our_commands_need_no_leave(
     monkeypatch.setenv("SHARDTUNE_CACHE", str(runs.folder / "cache"))
     folder = runs.run("t5")
     assert cli.main(["evaluate", "--config", str(folder / "config.yaml"), "--split", "validation"]) == 0
-    again = plain.read_rows(folder / "predictions" / "step-final-validation.jsonl")
+    again = plain.read_rows(folder / "predictions" / "final-validation.jsonl")
     assert [line["prediction"] for line in again] == runs.predictions("t5")
     capsys.readouterr()
     assert cli.main(["generate", "--run", str(folder), again[0]["source"]]) == 0

@@ -74,7 +74,7 @@ def test_tensorboards_own_reader_sees_no_point_twice(tmp_path: Path) -> None:
         for step in range((after or 0) + 1, last + 1):
             tracker.scalars(step, {"train/loss": 100.0 * part + step})
             tracker.texts(step, "validation/predictions", [f"part {part}"])
-        tracker.close()
+        tracker.close({})
         written = max(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
         written.rename(folder / f"events.out.tfevents.{part}")  # names have seconds in them, which are the same here
     reader = EventAccumulator(str(folder), size_guidance={SCALARS: 0})
@@ -284,8 +284,8 @@ def test_an_error_loses_no_checkpoint(
     tiny: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], at: int, kept: list[str],
     error: Exception,
 ) -> None:  # fmt: skip
-    def run(evaluator: Any, step: int, *others: Any) -> Any:
-        assert step == at
+    def run(evaluator: Any, name: str, *others: Any) -> Any:
+        assert name == f"step-{at}"
         raise error
 
     monkeypatch.setattr(Evaluator, "run", run)

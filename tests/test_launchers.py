@@ -293,7 +293,7 @@ def test_evaluate(model: str, results: dict[str, Run], shardtune: Shardtune) -> 
     shown = {words[1]: float(words[2]) for line in out.splitlines() if (words := line.split())[:1] == [split]}
     expected = next(line for line in lines(done.folder) if line.get("split") == split)
     assert shown == {key: pytest.approx(expected[key], abs=1e-4) for key in ("loss", *METRICS[model])}
-    assert (done.folder / "predictions" / f"step-final-{split}.jsonl").exists()
+    assert (done.folder / "predictions" / f"final-{split}.jsonl").exists()
 
 
 @pytest.mark.parametrize(("config_of", "result_of"), [("bert", "t5"), ("t5", "bert")])

@@ -236,7 +236,7 @@ def test_evaluate_and_generate_on_a_quantized_base(done: Done) -> None:
     said = run([shardtune, "evaluate", "--config", config, "--split", "validation"], done.folder / "cache-1")
     assert said.code == 0, said.said
     folder = done.path(which) / "predictions"
-    ours = plain.read_rows(folder / "step-final-validation.jsonl")
+    ours = plain.read_rows(folder / "final-validation.jsonl")
     assert ours == plain.read_rows(folder / f"step-{STEPS}-validation.jsonl")
     text = ours[0]["source"]
     said = run([shardtune, "generate", "--run", str(done.path(which)), text], done.folder / "cache-1")

@@ -84,7 +84,7 @@ def test_tensorboards_own_reader_finds_every_value_and_text(tmp_path: Path) -> N
         tracker.scalars(step, values)
     for step, samples in texts.items():
         tracker.texts(step, "validation/predictions", samples)
-    tracker.close()
+    tracker.close({})
 
     reader = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={SCALARS: 0, TENSORS: 0})
     reader.Reload()
@@ -237,8 +237,8 @@ def test_a_terminal_of_no_size_gets_plain_lines(rows: int, columns: int) -> None
 
 def test_the_last_step_is_logged_and_judged_once_where_it_was_not_known(tmp_path: Path) -> None:
     class Evaluator:
-        def run(self, step: int, split: Split, advance: Any) -> Judged:
-            return Judged({"loss": step / 2}, [])
+        def run(self, name: str, split: Split, advance: Any) -> Judged:
+            return Judged({"loss": int(name.removeprefix("step-")) / 2}, [], {"examples_per_second": 1.0})
 
     state, alone = TrainingState(seconds=60.0), World(0, 1, 0, torch.device("cpu"))
     nothing: Any = None
@@ -284,7 +284,9 @@ class Full:
 
     def texts(self, step: int, name: str, texts: Any) -> None: ...
 
-    def close(self) -> None:
+    def histograms(self, step: int, values: Any) -> None: ...
+
+    def close(self, final: Any) -> None:
         raise StorageError("full")
 
 

@@ -50,10 +50,13 @@ class Boundaries:
         told_to_stop: Callable[[], str | None],
         kept: Callable[[], str],
         begins_at: int,
+        is_best: Callable[[], bool] = lambda: False,
+        is_enough: Callable[[], bool] = lambda: False,
     ) -> None:
         """Saves every so many steps or seconds; no step begins after `seconds` of training. `told_to_stop`: the signal
         that this process has had; `kept`: what to say of how to go on; `begins_at`: the step of the run's own
-        checkpoint that it goes on from, 0 without one."""
+        checkpoint that it goes on from, 0 without one. `is_best`: whether what was judged last is to be kept;
+        `is_enough`: whether training is to end here."""
         self._state = state
         self._world = world
         self._saves = saves
@@ -62,27 +65,30 @@ class Boundaries:
         self._seconds = seconds
         self._told_to_stop = told_to_stop
         self._kept = kept
+        self._is_best = is_best
+        self._is_enough = is_enough
         self._failure: DataError | None = None
         self._began_at = self._saved_step = begins_at
         self._saved_at = state.seconds
 
     def asks(self, failure: DataError | None) -> list[float]:
-        """Stopping, a lack of data, and what saving asks for."""
+        """Stopping, a lack of data, the end, the best evaluation so far, and what saving asks for."""
         self._failure = failure
-        return [float(self._told_to_stop() is not None), float(failure is not None), *self._saves.asks()]
+        own = (self._told_to_stop() is not None, failure is not None, self._is_enough(), self._is_best())
+        return [*map(float, own), *self._saves.asks()]
 
     def agreed(self, asked: list[float]) -> bool:
         """Saves where it is due or the run ends here."""
-        stopping, failing, *rest = asked
+        stopping, failing, enough, best, *rest = asked
         self._saves.agreed(rest)
         if failing:
             self._save_now()
             self._fail()
         if stopping:
             self.stop()
-        if self._seconds is not None and self._state.seconds >= self._seconds:
+        if enough or (self._seconds is not None and self._state.seconds >= self._seconds):
             return False
-        if self._due():
+        if self._due(bool(best)):
             self._begin_save()
         return True
 
@@ -97,9 +103,17 @@ class Boundaries:
             self._begin_save()
         self._saves.finish()
 
-    def _due(self) -> bool:
+    def settle(self) -> None:
+        """After `end`, before the weights become others: saves once more where the last save came to nothing. Raises
+        StorageError."""
+        if self._state.step > 0:
+            self._save_now()
+
+    def _due(self, best: bool) -> bool:
         if self._state.step == self._saved_step:
             return False
+        if best:
+            return True
         if self._every_steps is not None:
             return self._state.step % self._every_steps == 0
         return self._every_seconds is not None and self._state.seconds - self._saved_at >= self._every_seconds

@@ -110,6 +110,11 @@ def _parser() -> Parser:
     )  # fmt: skip
     export.set_defaults(run=commands.export, command=export)
 
+    watch = choices.add_parser("watch", help="a run's figures as they come, also of a run on another machine")
+    watch.add_argument("--run", type=Path, required=True, metavar="DIR", dest="folder", help="the run's folder")
+    watch.add_argument("--once", action="store_true", help="print how it is now, and no more")
+    watch.set_defaults(run=commands.watch, command=watch)
+
     whole = choices.add_parser("verify", help="read every byte of a checkpoint: is it whole?")
     whole.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="RUN/checkpoints/step-…")
     whole.set_defaults(run=checkpoint_commands.verify, command=whole)
@@ -136,6 +141,16 @@ def _parser() -> Parser:
     _add_config(prepare)
     prepare.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks to tell the padding of (default: 1)")
     prepare.set_defaults(run=commands.prepare, command=prepare)
+
+    report = choices.add_parser("report", help="write the page of a run anew, or one that compares runs")
+    report.add_argument(
+        "--run", type=Path, required=True, action="append", metavar="DIR", dest="folders",
+        help="a run's folder; of several, the first is what the others are compared with",
+    )  # fmt: skip
+    report.add_argument(
+        "--out", type=Path, metavar="FILE", help="default: DIR/report.html, or ./comparison.html of several runs"
+    )
+    report.set_defaults(run=commands.report, command=report)
 
     doctor = choices.add_parser("doctor", help="what this machine can run, and what is missing")
     doctor.set_defaults(run=commands.doctor)
@@ -173,8 +188,10 @@ def _train(options: argparse.Namespace) -> int:
     if ranks * options.nodes == 1:
         return _train_here(options, config)
     from shardtune.assemble.data import check_model_path
+    from shardtune.assemble.trackers import check_trackers
     from shardtune.spawn import spawn
 
+    check_trackers(config)
     check_model_path(config)
     command = [sys.executable, "-m", "shardtune.cli", "--config", str(options.config), *options.overrides]
     try:
@@ -208,6 +225,7 @@ def _train_here(options: argparse.Namespace, config: Config | None = None) -> in
 def _train_until(options: argparse.Namespace, config: Config | None, stopping: Stopping) -> int:
     from shardtune.assemble.data import check_model_path, read_texts
     from shardtune.assemble.run_again import finished
+    from shardtune.assemble.trackers import check_trackers
     from shardtune.config_file import places
     from shardtune.world import check_launcher, join_world, launched_rank, launched_ranks
 
@@ -215,6 +233,7 @@ def _train_until(options: argparse.Namespace, config: Config | None, stopping: S
     check_launcher()
     ranks, rank = launched_ranks() or 1, launched_rank()
     _check_ranks(config, ranks)
+    check_trackers(config)
     check_model_path(config)
     said = finished(config)
     if said is not None:

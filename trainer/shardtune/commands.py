@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,6 +74,32 @@ def generate(options: argparse.Namespace) -> int:
     return 0
 
 
+def report(options: argparse.Namespace) -> int:
+    """`shardtune report`. Returns the exit code; raises ShardtuneError. torch is imported only to test several runs."""
+    from shardtune.report import REPORT, write_page
+    from shardtune.report.files import read_run
+
+    runs = [read_run(folder) for folder in options.folders]
+    out: Path = options.out or (options.folders[0] / REPORT if len(runs) == 1 else Path("comparison.html"))
+    if out.is_dir():
+        raise ConfigError(f"command line --out: {out} is a folder; name a file, such as {out / REPORT}")
+    if len(runs) == 1:
+        from shardtune.report.page import page
+
+        write_page(out, page(runs[0]))
+    else:
+        from shardtune.report.several import comparison_page, judged_alike
+
+        pairs, notes = {}, []
+        if any(judged_alike(runs[0], other) for other in runs[1:]):
+            from shardtune.assemble.paired_runs import paired_runs
+
+            pairs, notes = paired_runs(runs)
+        write_page(out, comparison_page(runs, pairs, notes))
+    print(f"written: {out}")
+    return 0
+
+
 def export(options: argparse.Namespace) -> int:
     """`shardtune export`. Returns the exit code; raises ShardtuneError."""
     if options.out.exists():
@@ -118,6 +146,19 @@ def verify_layout(options: argparse.Namespace) -> int:
                 functools.partial(print, flush=True),
             )
         )
+    return 0
+
+
+def watch(options: argparse.Namespace) -> int:
+    """`shardtune watch`. Returns the exit code; raises ShardtuneError."""
+    from shardtune.watching.watch import watch
+
+    try:
+        watch(options.folder.absolute(), options.once)
+    except KeyboardInterrupt:
+        print()
+    except BrokenPipeError:  # whoever reads has seen enough; nothing is left for Python to write at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -256,7 +256,9 @@ class EvaluationConfig(Section):
     baseline: bool = True
     """Also judge what tuning is compared with, before the first step: the base model, and what needs no model."""
     shots: list[Annotated[int, Field(ge=0)]] = [0]
-    """How many training examples stand in the prompt of the base model; several numbers are judged one by one."""
+    """How many training examples stand in the prompt of the base model; several numbers are judged one by one. Each is
+    written as "Input: …" and, on the next line, "Output: …", with an empty line after it; in conversations they are
+    earlier turns."""
     slices: list[Annotated[str, Field(min_length=1)]] = []
     """Fields of the data by whose values results are also told apart; by length they always are."""
     best: str | None = None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 
 from shardtune.config import BATCH_SIZES, Config, DataConfig
+from shardtune.metrics import has_direction, score_names
 from shardtune.optimizer_config import PagedAdamw8bitConfig, PagedAdamwConfig, ScheduleFreeConfig
 from shardtune.tuning_config import (
     AdaloraConfig,
@@ -91,6 +93,7 @@ def conflicts(config: Config) -> Iterator[tuple[str, str]]:
     if config.model.layers is not None and not config.model.layers:
         yield "model.layers", "keep at least one layer, or leave the key out to keep all"
     yield from _tuning_conflicts(config)
+    yield from _evaluation_conflicts(config)
     if config.evaluation.metrics is not None:
         wrong = [name for name in config.evaluation.metrics if ":" not in name and name not in task.scores]
         if wrong:
@@ -98,6 +101,57 @@ def conflicts(config: Config) -> Iterator[tuple[str, str]]:
                 "evaluation.metrics",
                 f"{', '.join(wrong)}: not for this task, whose metrics are {', '.join(task.scores)}",
             )
+            return
+    yield from _best_conflicts(config)
+
+
+def _best_conflicts(config: Config) -> Iterator[tuple[str, str]]:
+    evaluation, data = config.evaluation, config.data
+    if evaluation.best is not None:
+        metrics = config.task.usual_scores if evaluation.metrics is None else evaluation.metrics
+        names = [name for name in score_names(metrics) if has_direction(name)]
+        if evaluation.best not in names:
+            close = difflib.get_close_matches(evaluation.best, names, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            yield "evaluation.best", f"{evaluation.best} is not among what is scored: {', '.join(names)}{hint}"
+    for key in ("best", "patience"):
+        if getattr(evaluation, key) is not None and data.validation is None and data.test is not None:
+            yield f"evaluation.{key}", "looks at validation, which has no examples; give data.validation"
+
+
+def _evaluation_conflicts(config: Config) -> Iterator[tuple[str, str]]:
+    options, shown = config.evaluation, any(count > 0 for count in config.evaluation.shots)
+    given = {
+        "shots": shown,
+        "stop": bool(options.stop),
+        "beams": options.beams > 1,
+        "length_penalty": options.length_penalty != 1.0,
+        "min_new_tokens": options.min_new_tokens > 0,
+        "no_repeat_ngram": options.no_repeat_ngram > 0,
+        "temperature": options.temperature > 0,
+        "top_k": options.top_k is not None,
+        "top_p": options.top_p is not None,
+    }
+    if not config.task.writes_texts:
+        for key in (key for key, is_given in given.items() if is_given):
+            yield f"evaluation.{key}", f"is for texts that a model writes, and task.kind: {config.task.kind} has none"
+        return
+    if options.min_new_tokens > options.max_new_tokens:
+        yield (
+            "evaluation.min_new_tokens",
+            f"{options.min_new_tokens} is more than evaluation.max_new_tokens, which is {options.max_new_tokens}",
+        )
+    if options.temperature > 0 and options.beams > 1:
+        yield "evaluation.temperature", "beams are not drawn; use evaluation.beams: 1, or temperature: 0"
+    if options.length_penalty != 1.0 and options.beams == 1:
+        yield "evaluation.length_penalty", "texts of different length are compared by beam search only; give beams"
+    for key in ("top_k", "top_p"):
+        if given[key] and options.temperature == 0:
+            yield f"evaluation.{key}", "nothing is drawn at temperature 0; give evaluation.temperature"
+    if shown and not options.baseline:
+        yield "evaluation.shots", "are judged before the first step, which evaluation.baseline: false leaves out"
+    if shown and config.data.streaming:
+        yield "evaluation.shots", "are drawn from all training examples, which a stream does not read beforehand"
 
 
 def _memory_conflicts(config: Config) -> Iterator[tuple[str, str]]:

@@ -6,6 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -42,6 +43,22 @@ class Boundary(Protocol):
         ...
 
 
+class Telling(Protocol):
+    """What each rank tells of itself with every step; the loop only carries it."""
+
+    def forward(self) -> AbstractContextManager[None]:
+        """Surrounds the forward pass of a micro-batch."""
+        ...
+
+    def own(self, waited: float) -> list[float]:
+        """What this rank tells, after it has waited so many seconds for data. The loop sums it over ranks."""
+        ...
+
+    def told(self, sums: list[float]) -> None:
+        """Takes the sums, on every rank."""
+        ...
+
+
 def train(
     state: TrainingState,
     total_steps: int,
@@ -52,6 +69,7 @@ def train(
     learning_rate: Callable[[TrainingState], float],
     clip_scale: Callable[[float], float],
     boundary: Boundary,
+    telling: Telling,
     after_step: Callable[[StepReport], None],
 ) -> None:
     """Trains from `state` to `total_steps` optimizer steps; `after_step` logs and evaluates when that is due.
@@ -68,13 +86,15 @@ def train(
         waited = time.perf_counter() - begun
         clock = earlier + begun - started if world.is_first else 0.0
         own = [sum(column) for column in zip([0.0, 0.0, 0.0], *counts, strict=True)]
-        targets, tokens, slots, state.seconds, *asked = world.sum([*own, clock, *boundary.asks(failure)])
-        if not boundary.agreed(asked):
+        told = telling.own(waited)
+        targets, tokens, slots, state.seconds, *rest = world.sum([*own, clock, *told, *boundary.asks(failure)])
+        telling.told(rest[: len(told)])
+        if not boundary.agreed(rest[len(told) :]):
             return
 
         loss_sum = torch.zeros((), device=world.device)
         for index, micro_batch in enumerate(step.micro_batches):
-            with strategy.forward(last=index == len(step.micro_batches) - 1):
+            with telling.forward(), strategy.forward(last=index == len(step.micro_batches) - 1):
                 loss = task.loss_sum(strategy.model, micro_batch.to(world.device)) / max(targets, 1.0)
             strategy.backward(loss)
             loss_sum += loss.detach()
@@ -97,6 +117,7 @@ def train(
         state.tokens += int(tokens)
         state.target_tokens += int(targets)
         state.digest = _chained(state.digest, step)
+        state.recent_loss, state.recent_steps = state.recent_loss + loss, state.recent_steps + 1
         seconds = time.perf_counter() - begun
         after_step(StepReport(loss, grad_norm, lr, int(tokens), 1 - tokens / slots, seconds, waited))
 

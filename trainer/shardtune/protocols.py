@@ -356,7 +356,10 @@ class Strategy(Protocol):
     model: nn.Module
     """What the forward pass is called on."""
     in_step: bool
-    """Whether forward passes need all ranks, because parameters are gathered for them."""
+    """Whether forward passes need all ranks, because parameters are gathered for them; it may change within
+    `evaluating`."""
+    evaluates: str
+    """How parameters were gathered in `evaluating`, for people; empty where every rank has them all."""
 
     def prepare(self, model: nn.Module, weights: Weights, make_optimizer: MakeOptimizer | None) -> None:
         """Places a meta-device model, fills it and, unless None is given, builds its optimizer."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
+from shardtune.flops import Work
 from shardtune.loop import StepReport
 from shardtune.progress import Progress
+from shardtune.rank_figures import RankFigures
 from shardtune.records import Records
 from shardtune.state import TrainingState
 
@@ -25,9 +27,14 @@ class Reporter:
         total_steps: int | None,
         examples_of: Callable[[int], int | None],
         every: int,
+        ranks: RankFigures | None = None,
+        work: Work | None = None,
+        peaks: Sequence[float | None] = (),
     ) -> None:
         """`total_steps`: None where that is not known before. `examples_of`: how many examples an epoch visits, by its
-        number, or None where that is not known before. `every`: steps between training lines."""
+        number, or None where that is not known before. `every`: steps between training lines. `ranks`: what these tell
+        of themselves. `work`: what the model takes. `peaks`: operations a second of each rank's device, None where they
+        are not known; the first rank needs them."""
         self._records = records
         self._progress = progress
         self._device = device
@@ -35,6 +42,11 @@ class Reporter:
         self._total_steps = total_steps
         self._examples_of = examples_of
         self._every = every
+        self._ranks = ranks
+        self._work = work
+        self._peak = sum(peak or 0.0 for peak in peaks) if None not in peaks else 0.0
+        self._devices = len(peaks)
+        self._counts = state.tokens, state.target_tokens, state.examples
         self._since: list[StepReport] = []
 
     def after_step(self, report: StepReport) -> None:
@@ -71,9 +83,35 @@ class Reporter:
             "step_seconds": seconds / len(since),
             "data_seconds": sum(r.data_seconds for r in since) / len(since),
             "tokens_per_second": sum(r.tokens for r in since) / seconds,
+            **self._utilization(seconds),
             "peak_memory_bytes": peak_memory_bytes(self._device),
+            **memory(self._device),
+            **(self._ranks.since() if self._ranks is not None else {}),
         }
         self._records.training(state.step, figures)
+
+    def _utilization(self, seconds: float) -> dict[str, float]:
+        """Of the steps since the line before: tokens of each device, and the share of what the devices could compute
+        that the model's work took, where that is known."""
+        state, before = self._state, self._counts
+        self._counts = state.tokens, state.target_tokens, state.examples
+        tokens, targets, examples = (now - then for now, then in zip(self._counts, before, strict=True))
+        figures: dict[str, float] = {}
+        if self._devices:
+            figures["tokens_per_second_per_device"] = tokens / seconds / self._devices
+        if self._work is not None and self._peak:
+            figures["mfu"] = self._work.flops(tokens, targets, examples) / seconds / self._peak
+        return figures
+
+
+def memory(device: torch.device) -> dict[str, int]:
+    """Bytes of tensors on the device, and those that the allocator holds for them; nothing on a CPU."""
+    if device.type != "cuda":
+        return {}
+    return {
+        "memory_allocated_bytes": torch.cuda.memory_allocated(device),
+        "memory_reserved_bytes": torch.cuda.memory_reserved(device),
+    }
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass
 class TrainingState:
-    """Position and counts since the start of the run; advanced by the loop only."""
+    """Position and counts since the start of the run; advanced by the loop only, but for what an evaluation resets."""
 
     step: int = 0
     """Optimizer steps done."""
@@ -23,6 +23,10 @@ class TrainingState:
     """Of the examples of all steps, in order: the same for runs that were given the same examples."""
     seconds: float = 0.0
     """Since the first step began, evaluating and saving included, over all parts of the run."""
+    recent_loss: float = 0.0
+    """Sum of the losses of the steps since validation was last judged."""
+    recent_steps: int = 0
+    """How many these are."""
 
     def epochs(self, examples: int | None) -> float:
         """Passes over the training data, with the fraction of the one under way, which visits `examples`.

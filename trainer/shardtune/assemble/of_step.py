@@ -89,7 +89,7 @@ def write_result_of(saved: Checkpoint, config: Config, run: Path, folder: Path) 
 
 @contextmanager
 def as_result(config: Config, path: Path, beside: Path) -> Iterator[tuple[Path, str]]:
-    """A result's folder and what to call it: `path` itself, final, or one made of the checkpoint there, its step, next
+    """A result's folder and what to call it: `path` itself, final, or one made of the checkpoint there, step-<N>, next
     to `beside`, and gone afterwards.
 
     Raises CheckpointError where it is a checkpoint that is damaged.
@@ -106,7 +106,7 @@ def as_result(config: Config, path: Path, beside: Path) -> Iterator[tuple[Path, 
     try:
         for note in write_result_of(open_checkpoint(path), config, path.absolute().parent.parent, folder):
             log.warning(note)
-        yield folder, str(step)
+        yield folder, f"step-{step}"
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

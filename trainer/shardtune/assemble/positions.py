@@ -26,18 +26,26 @@ def micro_batch_rows(config: Config) -> int:
     return batch.micro_tokens or (batch.micro_examples or 1) * longest_row(config)
 
 
+def known_positions(architecture: PreTrainedConfig) -> int | None:
+    """As many as the model was made for; None: it does not say."""
+    known = architecture.to_dict()
+    positions = known.get("max_position_embeddings") or known.get("n_positions")
+    if not isinstance(positions, int):
+        return None
+    if "roberta" in architecture.model_type:  # its positions begin after the padding index
+        positions -= (architecture.pad_token_id or 0) + 1
+    return positions
+
+
 def check_positions(config: Config, architecture: PreTrainedConfig) -> None:
     """Models with a learned vector for each position have only so many; relative and rotary ones go on.
 
     Raises ConfigError where the token limits go beyond.
     """
-    known = architecture.to_dict()
-    positions = known.get("max_position_embeddings") or known.get("n_positions")
+    known, positions = architecture.to_dict(), known_positions(architecture)
     unbounded = known.get("relative_attention_num_buckets") or known.get("rope_parameters") or known.get("rope_theta")
-    if not isinstance(positions, int) or unbounded:
+    if positions is None or unbounded:
         return
-    if "roberta" in architecture.model_type:  # its positions begin after the padding index
-        positions -= (architecture.pad_token_id or 0) + 1
     if (longest := longest_row(config)) > positions:
         together = longest > max(config.task.max_source_tokens, getattr(config.task, "max_target_tokens", 0))
         virtual = getattr(config.tuning, "virtual_tokens", 0)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from shardtune import run_folder
+from shardtune.assemble.data_statistics import write_data_statistics
+from shardtune.assemble.prepared import Prepared, keep_tokenizer
 from shardtune.assemble.resumable import compare
 from shardtune.assemble.run_again import identity_of_start, is_auto, is_single, locate, steps_in
 from shardtune.assemble.saving import Identity
@@ -16,6 +19,7 @@ from shardtune.checkpoint.finding import check_whole, newest_good, set_aside_new
 from shardtune.checkpoint.names import FOLDER
 from shardtune.checkpoint.reading import Checkpoint, open_checkpoint
 from shardtune.config import Config
+from shardtune.config_file import dump_config
 from shardtune.errors import CheckpointError, ConfigError
 from shardtune.world import World
 
@@ -72,6 +76,27 @@ class Beginning(NamedTuple):
 
 
 FRESH = Beginning()
+
+
+@contextmanager
+def taken(
+    folder: Path, config: Config, world: World, prepared: Prepared, beginning: Beginning, environment: dict[str, Any]
+) -> Iterator[None]:
+    """The run's folder is made or written to, with what is known before the first step, and no other run may write
+    there meanwhile."""
+    claims: list[int] = []
+
+    def take() -> None:
+        claims.append(beginning.claim(folder, dump_config(config), environment))
+        keep_tokenizer(prepared, folder / run_folder.TOKENIZER)
+        write_data_statistics(folder, config, prepared)
+
+    try:
+        world.first_does("run's folder", take)
+        yield
+    finally:
+        for claim in claims:
+            os.close(claim)
 
 
 def begin_at(config: Config, world: World, say: Callable[[str], None], place: Callable[[str], str]) -> Beginning:

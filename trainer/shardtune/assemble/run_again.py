@@ -18,7 +18,8 @@ from shardtune.run_folder import is_finished, read_environment
 def finished(config: Config) -> list[str] | None:
     """What to say where the run has come to its end and there is nothing to go on with; None otherwise.
 
-    A finished run goes on where it is now to last longer, or in another unit, or to go back to an earlier step.
+    A finished run goes on where it is now to last longer, or in another unit, or is to wait longer for a better
+    evaluation, or to go back to an earlier step.
     """
     folder, given = Path(config.runs) / config.name, config.checkpoint.resume
     if given == "never" or not is_finished(folder):
@@ -30,7 +31,7 @@ def finished(config: Config) -> list[str] | None:
         then = load_config(folder / "config.yaml", [])
     except ConfigError:
         then = config
-    if is_longer(config.duration, then.duration) is not False:
+    if is_longer(config.duration, then.duration) is not False or _is_more_patient(config, then):
         if steps_in(folder):
             return None
         damaged = _damaged_in(folder)
@@ -43,6 +44,12 @@ def finished(config: Config) -> list[str] | None:
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key) and key not in UNSAID]
     lines += [f"  it was trained with {key}: {old.get(key)}, not {new.get(key)}" for key in changed]
     return [*lines, "Give checkpoint.resume=never to set it aside and start anew, or another name."]
+
+
+def _is_more_patient(now: Config, then: Config) -> bool:
+    """Whether a run whose patience may have come to its end is to have more of it."""
+    before, patience = then.evaluation.patience, now.evaluation.patience
+    return before is not None and (patience is None or patience > before)
 
 
 def to_resume(folder: Path, overrides: Sequence[str], ranks: int | None, gpus: int) -> tuple[Path, list[str], int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,10 +16,10 @@ from shardtune.assemble.prepared import Prepared
 from shardtune.assemble.tuned import Tuned
 from shardtune.checkpoint.names import FOLDER, folder_name
 from shardtune.checkpoint.reading import Checkpoint
-from shardtune.checkpoint.saver import Snapshot
+from shardtune.checkpoint.saver import Saver, Snapshot
 from shardtune.config import Config
 from shardtune.config_file import dump_config
-from shardtune.errors import CheckpointError
+from shardtune.errors import CheckpointError, NumbersError, ShardtuneError, StorageError
 from shardtune.model.identity import identity_of
 from shardtune.model.overlay import Overlay
 from shardtune.protocols import VALUE, Piece, Strategy, Weights
@@ -27,6 +28,9 @@ from shardtune.run_folder import LIBRARIES, version
 from shardtune.state import TrainingState
 from shardtune.strategy.parameters import trained_parameters
 from shardtune.world import World
+
+LATER = ("recent_loss", "recent_steps")
+"""Of the state, what checkpoints did not have at first."""
 
 
 class Identity(NamedTuple):
@@ -92,8 +96,9 @@ def snapshots(
 
 def state_of(saved: Checkpoint) -> TrainingState:
     """Where the saved run was. Raises CheckpointError where that is not said."""
-    fields = {field.name: type(field.default) for field in dataclasses.fields(TrainingState)}
-    found = {name: saved.state.get(name) for name in fields}
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainingState)}
+    fields = {name: type(default) for name, default in defaults.items()}
+    found = {name: saved.state.get(name, defaults[name] if name in LATER else None) for name in fields}
     for name, kind in fields.items():
         if type(found[name]) is not kind:
             raise CheckpointError(f"{saved.folder}: its state.json has no usable {name}: {found[name]!r}")
@@ -136,3 +141,20 @@ def how_to_go_on(folder: Path, state: TrainingState, resume: str) -> str:
     if resume == "never":
         return f"{saved}; what goes on from there, as checkpoint.resume=never begins anew, is\n  {command}"
     return f"{saved}; the same command goes on from there, and so does\n  {command}"
+
+
+@contextmanager
+def kept_is_said(saver: Saver, world: World) -> Iterator[None]:
+    """What an error leaves: a checkpoint that was on its way to the disk becomes whole, where nobody is missing for
+    that; and where the numbers or the storage went wrong, what is kept is said."""
+    try:
+        yield
+    except Exception as error:
+        if world.size == 1 or isinstance(error, NumbersError):  # which all ranks find
+            with suppress(ShardtuneError):
+                saver.finish()
+        if isinstance(error, StorageError) and saver.kept() not in str(error):
+            raise StorageError(f"{error}\n{saver.mending()}") from error
+        if isinstance(error, NumbersError):
+            raise NumbersError(f"{error}\n{saver.kept()}") from error
+        raise

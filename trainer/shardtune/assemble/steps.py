@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from shardtune.assemble.data import fields_of, make_mixture
 from shardtune.assemble.parts import BATCHINGS, make_budget
+from shardtune.assemble.prepared import Prepared
 from shardtune.config import Config, SourceConfig
 from shardtune.data.order import Order, Portion, TokenLimit
 from shardtune.data.prefetch import Prefetch
@@ -16,7 +18,9 @@ from shardtune.data.stream import Stream
 from shardtune.data.stream_steps import StreamSteps
 from shardtune.data.tables import TokenTable
 from shardtune.errors import ConfigError
+from shardtune.optim.schedule import learning_rate, learning_rate_by_time
 from shardtune.protocols import Task
+from shardtune.state import TrainingState
 from shardtune.world import World
 
 
@@ -126,3 +130,30 @@ def describe_sources(config: Config, table: TokenTable | None, counts: Sequence[
             f"  {source.path}: {part.examples:,} examples × {part.weight:.4g} an epoch, "
             f"{visits / sum(examples):.1%} of the examples, {some / sum(tokens):.1%} of the tokens"
         )
+
+
+def course_of(config: Config, world: World, prepared: Prepared, done: int) -> tuple[Course, Stream | None]:
+    """The steps, of which so many are `done`, and the stream that they come from, if so."""
+    if not config.data.streaming:
+        table = prepared.tables["train"]
+        return make_course(config, world, prepared.task, table, prepared.train_counts, done), None
+    own_task = copy.deepcopy(prepared.task)  # a tokenizer's settings change while it is used: not in two threads
+    stream = make_stream(config, own_task)
+    return make_stream_course(config, world, own_task, stream, done), stream
+
+
+def rate_for(config: Config, course: Course) -> Callable[[TrainingState], float]:
+    """The learning rate of the step that begins at a state."""
+    peak, schedule, warmup = config.optimizer.lr, config.optimizer.schedule, config.optimizer.warmup
+    total, limit = course.total_steps, config.duration.seconds
+    if total is not None:
+        return lambda state: learning_rate(state.step, total, peak, schedule, warmup)
+    assert limit is not None
+    return lambda state: learning_rate_by_time(state.step, state.seconds, limit, peak, schedule, warmup)
+
+
+def was_updated(rate_of: Callable[[TrainingState], float], state: TrainingState, course: Course) -> bool:
+    """Whether there was a step with a learning rate above 0; by time the first one may have had none."""
+    if course.total_steps is None:
+        return state.step > 1
+    return any(rate_of(TrainingState(step=step)) > 0 for step in range(state.step))

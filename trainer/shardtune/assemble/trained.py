@@ -12,17 +12,17 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from shardtune.assemble.evaluators import how_to_write, make_evaluator
 from shardtune.assemble.loading import load_result
-from shardtune.assemble.parts import DTYPES, judged_at_once, metric_names, of_tasks, saved_labels
+from shardtune.assemble.parts import DTYPES, of_tasks, saved_labels
 from shardtune.assemble.prepared import evaluated_splits, prepare
 from shardtune.assemble.quiet import quiet_libraries
 from shardtune.config import Config
 from shardtune.data.corpus import Corpus
 from shardtune.errors import ConfigError
-from shardtune.evaluation import Evaluator
 from shardtune.model.skeleton import load_architecture
 from shardtune.model.tokenizer import load_tokenizer
-from shardtune.protocols import Generation, Text, Tokens
+from shardtune.protocols import Text, Tokens
 from shardtune.strategy.replicated import Replicated
 from shardtune.task.section import Parts
 from shardtune.text_table import table
@@ -36,7 +36,7 @@ GENERATED_AT_ONCE = 8
 def evaluate(config: Config, corpus: Corpus, folder: Path, split_name: str, label: str) -> str:
     """Judges the result in `folder` on a split; returns the table of scores.
 
-    Predictions go to the run's folder of predictions as step-<label>-<split>.jsonl, beside those of the run.
+    Predictions and statistics go to the run's folder as <label>-<split>, beside those of the run.
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder}: there is no result to evaluate; train first, or name one with --checkpoint")
@@ -49,10 +49,9 @@ def evaluate(config: Config, corpus: Corpus, folder: Path, split_name: str, labe
             raise ConfigError(f"data.{split_name}: the {split_name} split has no examples")
         strategy = Replicated(world, DTYPES[config.model.dtype])
         strategy.adopt(load_result(config, folder, prepared.tokenizer, DTYPES[config.model.dtype]))
-        evaluator = Evaluator(
-            of_tasks(config, prepared.task), strategy, world, metric_names(config), config.evaluation.max_new_tokens,
-            config.evaluation.beams, judged_at_once(config.batch), Path(config.runs) / config.name / "predictions",
-            told_to_stop=lambda: None,
+        evaluator = make_evaluator(
+            config, of_tasks(config, prepared.task), strategy, world, prepared.labels,
+            Path(config.runs) / config.name, told_to_stop=lambda: None,
         )  # fmt: skip
         judged = evaluator.run(label, found[0], lambda examples: None)
         assert judged is not None  # nobody told it to stop
@@ -86,17 +85,20 @@ def generate(config: Config, folder: Path, sources: Sequence[str], as_json: bool
         labels = saved_labels(folder)
         base = cast(PreTrainedModel, model)
         task = of_tasks(config, config.task.make(Parts(tokenizer, base.config, config.model.path, labels)))
-        how = Generation(config.evaluation.max_new_tokens, config.evaluation.beams, in_step=False)
+        how = how_to_write(config)
         for start in range(0, len(sources), GENERATED_AT_ONCE):
             some = sources[start : start + GENERATED_AT_ONCE]
-            texts = [Text("command line", source, "") for source in some]
-            encoded = task.encode(texts)
+            given = [Text("command line", source, "") for source in some]
+            encoded = task.encode(given)
             for number, row in enumerate(encoded, start + 1):
                 if row.source_cut:
                     limit = config.task.max_source_tokens
                     log.warning(f"text {number} of {len(sources)} was cut to task.max_source_tokens ({limit}) tokens")
+            examples = [
+                Tokens(np.array(e.source), np.array(e.target), number=number) for number, e in enumerate(encoded, start)
+            ]
             with torch.no_grad():
-                found = task.predict(model, [Tokens(np.array(e.source), np.array(e.target)) for e in encoded], how)
-            for source, prediction in zip(some, task.as_written(texts, found), strict=True):
+                written = task.as_written(given, task.predict(model, examples, how))
+            for source, prediction in zip(some, written, strict=True):
                 line = {"source": source, "prediction": prediction}
                 yield json.dumps(line, ensure_ascii=False) if as_json else prediction

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from shardtune.assemble.prepared import Prepared
 from shardtune.assemble.steps import describe_sources
 from shardtune.assemble.tuned import Tuned
+from shardtune.checkpoint.reading import Checkpoint
 from shardtune.config import Config
 from shardtune.fused.plan import describe
 from shardtune.world import World
@@ -48,17 +49,25 @@ def facts(config: Config, world: World, prepared: Prepared, tuned: Tuned, kind: 
     return "\n".join(lines)
 
 
+def goes_on_from(saved: Checkpoint, changes: Sequence[str]) -> str:
+    """Where a run goes on that was begun before, and what it does otherwise from there on."""
+    ranks = f"{saved.ranks} rank{'s' * (saved.ranks > 1)} under {saved.state.get('strategy')}"
+    origin = f"step {saved.step} of {saved.folder}, saved on {ranks}"
+    return "\n".join([f"goes on from {origin}", *(f"  {change}" for change in changes)])
+
+
 def counted(reasons: Mapping[str, int]) -> str:
     """How often each reason occurred."""
     return ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
 
 
-def last_words(folder: Path, config: Config, results: str, seconds: float) -> str:
-    """The scores, where the result is, and what can be done with it."""
+def last_words(folder: Path, config: Config, results: str, without_report: str | None, seconds: float) -> str:
+    """The scores, where the result is, and what can be done with it; `without_report`: why there is no report."""
     lines = ["", results, ""] if results else [""]
     lines += [
         f"done in {seconds / 60:.1f} minutes; the result is in {folder / 'final'}",
         f"  try it:       shardtune generate --run {folder} TEXT",
+        f"  its report:   {folder / 'report.html'}" if without_report is None else f"warning: {without_report}",
         f"  see it:       tensorboard --logdir {folder / 'tensorboard'}",
         *([f"  read it:      {folder / 'predictions'}"] if results else []),
         f"  take it:      shardtune export --run {folder} --out DIR",

@@ -42,14 +42,17 @@ def commit(partial: Path, step: int, reports: Mapping[str, Mapping[str, Any]], t
     return replaced
 
 
-def prune(folder: Path, newest: int, keep: int) -> None:
-    """Keeps that of step `newest` and the `keep` - 1 before it. Each loses its name first: what has it is whole.
+def prune(folder: Path, newest: int, keep: int, best: int | None = None) -> None:
+    """Keeps that of step `newest`, the `keep` - 1 before it and that of step `best`. Each of the others loses its name
+    first: what has it is whole.
 
     Raises OSError.
     """
     steps = {step: path for path in folder.iterdir() if (step := step_of(path)) is not None}
     before = sorted((step, path) for step, path in steps.items() if step < newest)
     for step, old in before[: max(len(before) - keep + 1, 0)]:
+        if step == best:
+            continue
         aside = old.with_name(partial_name(step, f"old-{os.getpid()}"))
         files.rename(old, aside)
         files.remove(aside)

@@ -61,7 +61,7 @@ def newest_good(folder: Path, world: World, say: Callable[[str], None], own: boo
         if not names:
             break
         path = folder / names[-1]
-        reasons = _agreed_reasons(path, world)
+        reasons = agreed_reasons(path, world)
         if not reasons:
             return path
         aside = world.first_does("set aside", lambda path=path, reasons=reasons: _set_aside(path, reasons, say, own))
@@ -69,7 +69,7 @@ def newest_good(folder: Path, world: World, say: Callable[[str], None], own: boo
             kept.add(path.name)
     damaged = world.first_does("damaged", lambda: [path.name for path, _ in called(folder, DAMAGED)]) + sorted(kept)
     if damaged:
-        against = {name: _agreed_reasons(folder / name, world) for name in damaged}
+        against = {name: agreed_reasons(folder / name, world) for name in damaged}
         world.first_does("none whole", lambda: _fail(folder, against))
     return None
 
@@ -79,7 +79,7 @@ def check_whole(path: Path, world: World) -> None:
 
     Raises CheckpointError where it is not whole; it stays as it is.
     """
-    reasons = _agreed_reasons(path, world)
+    reasons = agreed_reasons(path, world)
     if reasons:
         world.first_does("not whole", lambda: _refuse(path, reasons))
 
@@ -142,7 +142,7 @@ def clear_partial(folder: Path) -> list[Path]:
     return [path for path in left if os.path.lexists(path)]
 
 
-def _agreed_reasons(path: Path, world: World) -> list[str]:
+def agreed_reasons(path: Path, world: World) -> list[str]:
     """As `reasons_against`, the reading shared by the ranks; the same on all of them."""
     own = [f"{path}/{problem}" for problem in problems(path, (world.rank, world.size))] if path.is_dir() else None
     heard = world.gather(own)

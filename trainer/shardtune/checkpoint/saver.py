@@ -72,11 +72,13 @@ class Saver:
         background: bool,
         snapshot: Callable[[], Snapshot],
         say: Callable[[str], None],
+        best: Callable[[int], int | None] = lambda step: None,
     ) -> None:
         """`folder`: where checkpoints are; what earlier attempts left unfinished in it is removed. `keep`: how many.
 
         `background`: training goes on while a checkpoint is written; after the first step `snapshot` is then called
-        once more, for its size, to have the memory ready. `say`: prints a line, on rank 0.
+        once more, for its size, to have the memory ready. `say`: prints a line, on rank 0. `best`: of the steps up to
+        one, that whose checkpoint is never removed: so the one that was the best stays until a better one is whole.
         """
         self._folder = folder
         self._world = world
@@ -84,6 +86,7 @@ class Saver:
         self._background = background
         self._snapshot = snapshot
         self._say = say
+        self._best = best
         self._arena: Arena | None = None
         self._writer: Writer | None = None
         self._save: _Save | None = None
@@ -204,7 +207,7 @@ class Saver:
             self._writer.tell(
                 "commit", partial=str(save.partial), step=save.step, texts=save.texts,
                 reports={rank_file(rank, self._world.size): report for rank, report in enumerate(reports)},
-                keep=None if save.hurried else self._keep,
+                keep=None if save.hurried else self._keep, best=self._best(save.step),
             )  # fmt: skip
 
     def _committed(self, save: _Save) -> None:

@@ -58,15 +58,15 @@ def _read(commands: queue.SimpleQueue[str]) -> None:
 
 
 def _commit(
-    partial: str, step: int, reports: dict[str, Any], texts: dict[str, str], keep: int | None
+    partial: str, step: int, reports: dict[str, Any], texts: dict[str, str], keep: int | None, best: int | None
 ) -> dict[str, Any]:
-    """`keep`: None leaves older ones alone."""
+    """`keep`: None leaves older ones alone; `best`: the step of one that stays in any case."""
     replaced = commit(Path(partial), step, reports, texts)
     try:
         if replaced is not None:
             files.remove(replaced)
         if keep is not None:
-            prune(Path(partial).parent, step, keep)
+            prune(Path(partial).parent, step, keep, best)
     except OSError as error:  # the new one is whole all the same
         return {"committed": step, "not removed": f"{error.filename}: {error.strerror}"}
     return {"committed": step}

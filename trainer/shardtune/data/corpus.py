@@ -8,13 +8,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from shardtune.data.contents import contents
 from shardtune.data.publishing import published
-from shardtune.data.splits import LabelsOf, Splits, labels_in
+from shardtune.data.splits import NAMES, LabelsOf, Splits, labels_in
 from shardtune.data.tables import cache_folder
 from shardtune.errors import DataError
 from shardtune.protocols import Text
 
-VERSION = 4
+VERSION = 5
 """Of what is remembered, and of how texts are read: a change of either needs another number."""
 JUDGED = ("validation", "test")
 
@@ -35,6 +36,8 @@ class Corpus:
         """As in Splits."""
         self.labels: list[str] = facts["labels"]
         """The labels of the training examples, sorted; empty where targets are no labels."""
+        self.contents: dict[str, Any] = facts["contents"]
+        """Duplicates, overlap and labels of the splits, as in `contents.contents`."""
         self.judged = judged
         """The first examples of validation and test, as people read them."""
         self._read = read
@@ -76,6 +79,7 @@ def load_corpus(
         "judged_counts": splits.judged_counts,
         "dropped": splits.dropped,
         "labels": sorted(labels_in(splits.train, labels_of)) if labels_of is not None else [],
+        "contents": contents({name: getattr(splits, name) for name in NAMES}, labels_of),
     }
     if before is not None and key() == before:  # else a file has changed meanwhile
         _store(folder, facts, splits)

@@ -133,7 +133,7 @@ def _read(source: str, split: str, fields: Fields, dropped: Dropped) -> tuple[li
 
     found = list(texts(counted(), fields, dropped))
     if source == DOCS:  # users repeat rows of their own files on purpose, as a weight
-        unique = list({_content(example): example for example in reversed(found)}.values())[::-1]
+        unique = list({content_of(example): example for example in reversed(found)}.values())[::-1]
         if len(unique) < len(found):
             dropped[DUPLICATE] += len(found) - len(unique)
         found = unique
@@ -183,7 +183,7 @@ def _nothing_left(source: str, read: int, kept: int, dropped: Dropped) -> str:
     return f"{source}: no training example is left of {read} rows read ({', '.join(reasons)})"
 
 
-def _content(example: Text) -> bytes:
+def content_of(example: Text) -> bytes:
     """A digest of source and target, smaller to remember than they are."""
     digest = hashlib.blake2b(digest_size=16)
     for text in (example.source, example.target):
@@ -193,11 +193,11 @@ def _content(example: Text) -> bytes:
 
 
 def _contents(examples: Iterable[Text]) -> set[bytes]:
-    return {_content(example) for example in examples}
+    return {content_of(example) for example in examples}
 
 
 def _without(examples: Iterable[Text], contents: set[bytes]) -> list[Text]:
-    return [example for example in examples if _content(example) not in contents]
+    return [example for example in examples if content_of(example) not in contents]
 
 
 def fingerprints_of(parts: dict[str, list[Text]]) -> tuple[str, str]:
@@ -206,7 +206,7 @@ def fingerprints_of(parts: dict[str, list[Text]]) -> tuple[str, str]:
     for name in NAMES:
         digest.update(f"{name} {len(parts[name])}\n".encode())
         for example in parts[name]:
-            digest.update(_content(example))
+            digest.update(content_of(example))
         if name == "train":
             train = digest.hexdigest()
     return digest.hexdigest(), train

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -13,6 +13,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from shardtune.protocols import VALUE, MakeOptimizer, Piece, Saved, Shard, Weights
+from shardtune.strategy.gathering import plan_gathering
 from shardtune.strategy.gradients import scale_in_place, sharded_norm
 from shardtune.strategy.parameters import fill, fill_buffers, replace_parameters, trained_parameters
 from shardtune.strategy.updates import Updates, local_rows, make_updates, rows_before
@@ -29,6 +30,7 @@ class Fsdp2:
     """
 
     in_step = True
+    evaluates = ""
     model: nn.Module
     _updates: Updates | None = None
 
@@ -101,18 +103,27 @@ class Fsdp2:
 
     @contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
-        """The sharded model in eval mode; what belongs to no layer stays gathered meanwhile.
+        """The sharded model in eval mode. What belongs to no layer stays gathered meanwhile, and the layers too where
+        there is memory for them.
 
         `generate` calls the encoder alone, outside of the model's own forward.
         """
-        model = cast(FSDPModule, self.model)
+        layers = [cast(FSDPModule, self.model.get_submodule(name)) for name in self._blocks]
         self.model.eval()
-        with self._averaged():
+        with self._averaged(), ExitStack() as ends:
             self._set_up()  # the root, before a layer runs on its own
-            model.unshard()
+            gathering = plan_gathering(self.model, self._dtype, self._world, self._offload)
+            for module in (cast(FSDPModule, self.model), *(layers if gathering.whole else [])):
+                module.unshard()
+                ends.callback(module.reshard)
+            for layer in layers:
+                layer.set_reshard_after_forward(not gathering.whole, recurse=False)
+                ends.callback(layer.set_reshard_after_forward, True, recurse=False)
+                ends.callback(cast(nn.Module, layer).register_forward_hook(_forget_order).remove)
+            self.in_step, self.evaluates = not gathering.whole, gathering.why
             with torch.no_grad():
                 yield self.model
-            model.reshard()
+            self.in_step = True
         self.model.train()
 
     def full_trained(self) -> Iterator[tuple[str, Tensor | None]]:
@@ -160,3 +171,10 @@ class Fsdp2:
 
     def _gradients(self) -> list[Tensor]:
         return [local_rows(p.grad) for _, p in trained_parameters(self.model) if p.grad is not None]
+
+
+def _forget_order(layer: nn.Module, inputs: Any, output: Any) -> None:
+    """FSDP remembers every forward pass of a layer for the backward pass, which does not come."""
+    for group in cast(FSDPModule, layer)._get_fsdp_state()._fsdp_param_groups:
+        group._post_forward_indices.clear()
+        group.comm_ctx.post_forward_order.clear()

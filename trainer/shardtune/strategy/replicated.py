@@ -25,6 +25,7 @@ class Replicated:
     """
 
     in_step = False
+    evaluates = ""
     model: nn.Module
     _module: nn.Module
     _optimizer: torch.optim.Optimizer | None = None

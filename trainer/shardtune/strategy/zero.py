@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from shardtune.protocols import VALUE, MakeOptimizer, Piece, Saved, Shard, Weights
+from shardtune.strategy.gathering import plan_gathering
 from shardtune.strategy.gradients import scale_in_place, set_learning_rate, sharded_norm
 from shardtune.strategy.optimizer_state import Part, restore_state, state_pieces
 from shardtune.strategy.parameters import (
@@ -47,6 +48,7 @@ class Zero:
     _module: nn.Module
     _engine: Any = None
     _accumulated = False
+    evaluates = ""
 
     def __init__(
         self,
@@ -213,11 +215,32 @@ class Zero:
 
     @contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
-        """The module in eval mode, with the engine's hooks gathering parameters under stage 3."""
+        """The module in eval mode. Under stage 3 all parameters are gathered meanwhile, where there is memory for them;
+        else the engine's hooks gather them."""
         self._module.eval()
-        with torch.no_grad():
-            yield self._module
+        with ExitStack() as ends:
+            if self._stage == 3:
+                gathering = plan_gathering(self._module, self._dtype, self._world, self._offload != "none")
+                self.in_step, self.evaluates = not gathering.whole, gathering.why
+                if gathering.whole:
+                    self._gather(ends)
+            with torch.no_grad():
+                yield self._module
+            self.in_step = self._stage == 3
         self._module.train()
+
+    def _gather(self, ends: ExitStack) -> None:
+        """Gathers all parameters, one at a time, until `ends`; so long DeepSpeed's hooks, which would split them again
+        after each forward and compare the order of modules among ranks, are away."""
+        import deepspeed
+
+        for module in self._module.modules():
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                ends.callback(hooks.update, dict(hooks))
+                hooks.clear()
+        for parameter in self._module.parameters():
+            if not _is_whole(parameter):
+                ends.enter_context(deepspeed.zero.GatheredParameters(parameter))
 
     def full_trained(self) -> Iterator[tuple[str, Tensor | None]]:
         """Trained parameters from the master weights, one at a time."""
@@ -371,6 +394,10 @@ def _for_disk(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 def _full_shape(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _is_whole(parameter: nn.Parameter) -> bool:
+    return parameter.shape == _full_shape(parameter)
 
 
 def _fragment(parameter: nn.Parameter) -> Any:

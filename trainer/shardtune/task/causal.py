@@ -73,6 +73,11 @@ class Config(PromptedSection):
         both = self.target is not None
         return (self.max_source_tokens + self.max_target_tokens * both,)
 
+    @property
+    def writes_texts(self) -> bool:
+        """Not where a whole text is learned."""
+        return self.text is None
+
     def problems(self) -> Iterator[tuple[str, str]]:
         """What goes with which input."""
         yield from super().problems()

@@ -99,6 +99,12 @@ class TaskSection(Section):
             architecture.id2label = dict(enumerate(labels))
             architecture.label2id = {label: index for index, label in enumerate(labels)}
 
+    @property
+    def writes_texts(self) -> bool:
+        """Whether the model generates what it predicts, so that the options of `evaluation` for texts mean
+        something."""
+        return False
+
     def problems(self) -> Iterator[tuple[str, str]]:
         """Which valid values cannot go together: pairs of (key, what is wrong with it)."""
         yield from ()

@@ -61,6 +61,11 @@ class Config(PromptedSection):
         """As limited."""
         return (self.max_source_tokens, self.max_target_tokens)
 
+    @property
+    def writes_texts(self) -> bool:
+        """The target."""
+        return True
+
     def make(self, parts: Parts) -> Seq2Seq:
         """The task itself."""
         from shardtune.task.architecture import decoder_start

@@ -118,9 +118,8 @@ class Adalora(LinearAdapter):
         config.total_step, config.tinit, config.tfinal = scheduled, begin, scheduled - end
 
         def remember(kept: Mapping[str, list[bool]]) -> None:
-            config.rank_pattern = {
-                (name % "lora_E").removeprefix("base_model.model."): which for name, which in kept.items()
-            }
+            named = {(name % "lora_E").removeprefix("base_model.model."): which for name, which in kept.items()}
+            config.rank_pattern = named or None
 
         if self._orthogonality:
             task = cast(Task, Orthogonal(task, list(layers.values()), self._orthogonality))

@@ -102,7 +102,8 @@ class Allocator:
                 yield Piece(name % "lora_E", KEPT, (self._rank,), 0, torch.tensor(self.kept[name], dtype=torch.uint8))
 
     def restore(self, saved: Saved, shards: Iterable[Shard]) -> None:
-        """Takes those of a checkpoint, for the parts that this rank has."""
+        """Takes those of a checkpoint, for the parts that this rank has, in place of what was chosen since."""
+        self._smoothed, self.kept = {}, {}
         for name, start, value, _ in shards:
             if MEAN in saved.whats(name):
                 mean, uncertainty = (
@@ -188,9 +189,9 @@ class Allocating:
     def restore(self, saved: Saved) -> None:
         """The strategy's, what the choices depend on, and the last choice."""
         self._strategy.restore(saved)
-        self._done = saved.step
+        self._done, before = saved.step, self._allocator.kept
         self._allocator.restore(saved, self._shards())
-        if self._allocator.kept:
+        if self._allocator.kept or before:
             self._chosen(self._allocator.kept)
 
     def step(self, lr: float, scale: float) -> None:

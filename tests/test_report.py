@@ -1,0 +1,507 @@
+import copy
+import json
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from browser import PROGRAM, Browser
+from report_runs import write_json, write_lines, write_run
+from tiny import tiny_config, write_rows
+
+from shardtune.assemble.data import read_texts
+from shardtune.assemble.data_statistics import data_statistics, write_data_statistics
+from shardtune.assemble.prepared import prepare
+from shardtune.cli import main
+from shardtune.comparing import compare
+from shardtune.config_file import load_config
+from shardtune.errors import StorageError
+from shardtune.metrics import Scorer
+from shardtune.report import write_report
+from shardtune.report.charts import MOST_POINTS, thinned
+from shardtune.report.page import MOST_BYTES
+from shardtune.world import World
+
+HOSTILE = "</script><script>alert('1')</script><img src=//evil.example/x onerror=alert(2)>\"'&amp;{{ 7*7 }}\x00"
+STYLE = Path(write_report.__code__.co_filename).parent / "templates" / "style.css"
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+
+
+class Page(HTMLParser):
+    """What is on a page: texts, tags, identifiers; fails where tags do not close each other."""
+
+    def __init__(self, made: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self._open: list[str] = []
+        self.feed(made)
+        self.close()
+        assert not self._open, self._open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag, (tag, self.getpos())
+
+    def handle_data(self, data: str) -> None:
+        if self._open and self._open[-1] != "style":
+            self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+    def of(self, name: str) -> list[str]:
+        return [value for _, attributes in self.tags if (value := attributes.get(name)) is not None]
+
+
+def report_of(run: Path) -> Page:
+    assert write_report(run) is None
+    return Page((run / "report.html").read_text(encoding="utf-8"))
+
+
+def check_self_contained(page: Page, made: str) -> None:
+    assert {tag for tag, _ in page.tags}.isdisjoint({"script", "img", "iframe", "object", "embed", "base", "form"})
+    for name in ("src", "srcset", "action", "xlink:href", "data", "poster", "background"):
+        assert not page.of(name)
+    assert all(value.startswith("#") or value == "data:," for value in page.of("href"))
+    assert not re.search(r"url\(|@import|@font-face", made)
+    assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+    identifiers = page.of("id")
+    assert len(identifiers) == len(set(identifiers))
+    wanted = [value[1:] for value in page.of("href") if value.startswith("#")]
+    wanted += [one for value in page.of("aria-labelledby") for one in value.split()]
+    assert set(wanted) <= set(identifiers)
+    drawings = [attributes for tag, attributes in page.tags if tag == "svg"]
+    assert all(one["role"] == "img" and "aria-labelledby" in one for one in drawings)
+
+
+@pytest.mark.parametrize(
+    ("gain", "title", "sentence"),
+    [
+        (0.13, "▲ got better", "The tuned model is better than the base model, and by more than chance explains."),
+        (0.005, "≈ no clear difference", "So small a difference may well be chance"),
+        (-0.1, "▼ got worse", "A simpler way does better here: base, 3 examples in the prompt, with 0.240."),
+    ],
+)
+def test_the_page_says_first_what_tuning_did_and_whether_that_is_sure(
+    tmp_path: Path, gain: float, title: str, sentence: str
+) -> None:
+    page = report_of(write_run(tmp_path / "news", gain=gain))
+    check_self_contained(page, (tmp_path / "news" / "report.html").read_text())
+    head, _, rest = page.text.partition("Before and after rougeL")
+    head, _, rest = page.text.partition("All scores on test")
+    assert title in head
+    assert sentence in head
+    after = f"{0.21 + gain:.3f}"
+    assert f"On 200 examples of test, rougeL went from 0.210 to {after}: {gain:+.3f}".replace("-", "−") in head
+    assert head.index("rougeL on test") < head.index("rougeL on validation")
+    assert "Overfitting: since step 150 the loss on validation rises" in head
+    assert "3 of 1,000 examples of validation also stand in train" in head
+    for said in (
+        "google/flan-t5-base", "lora: rank 16", "4 × NVIDIA H100", "fsdp2", "0123456789abcdef", "torch 2.11.0",
+        "T5 has no rotary positions", "96 places", "shardtune train --config configs/news.yaml seed=0", "41 GB",
+        "6,300,000", "4 min 12 s", "0.12 kWh", "first sentence", "Largest wins", "Largest losses", "politics",
+        "empty target 17", "length: 12–120",
+    ):  # fmt: skip
+        assert said in rest, said
+    titles = [text for text in page.texts if text in ("Loss", "Learning rate", "Gradient norm", "Speed", "Padding", "Memory")]
+    assert set(titles) == {"Loss", "Learning rate", "Gradient norm", "Speed", "Padding", "Memory"}
+
+
+def test_of_scores_where_less_is_better_and_of_single_examples(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    found = json.loads((run / "comparison.json").read_text())
+    part = found["test"]
+    part |= {"metric": "loss"}
+    part["variants"]["step-0"]["loss"] = {"value": 2.0, "low": 1.9, "high": 2.1}
+    part["variants"]["step-300"]["loss"] = {"value": 1.5, "low": 1.4, "high": 1.6}
+    part["tests"]["loss"] = {"difference": -0.5, "low": -0.6, "high": -0.4, "p": 0.001}
+    write_json(run / "comparison.json", {"test": part})
+    text = report_of(run).text.partition("Before and after")[2]
+    assert "loss on test ▲ got better 2.000 → 1.500 −0.500" in text
+    # A win is shown first, with what each side wrote at that line of its file.
+    first = part["differences"][0]
+    lines = {
+        name: (run / "predictions" / f"{name}-test.jsonl").read_text().splitlines()[first["position"]]
+        for name in ("step-0", "step-300")
+    }
+    wins = text.partition("Largest wins")[2].partition("Largest losses")[0]
+    card = wins.partition(f"Example {first['position'] + 1} ")[2].partition("Example ")[0]
+    assert wins.strip().startswith(f"Example {first['position'] + 1} ▲ +{first['difference']:.3f}")
+    plain = re.sub(r"\s", "", card)
+    for line in lines.values():
+        for key in ("source", "reference", "prediction"):
+            assert re.sub(r"\s", "", json.loads(line)[key]) in plain
+
+
+def test_what_a_run_says_is_text_whatever_it_holds(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", name=HOSTILE)
+    for path in run.glob("predictions/*.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        write_lines(path, [{key: f"{HOSTILE} {value}" for key, value in line.items()} for line in lines])
+    for name in ("comparison.json", "data.json", "environment.json"):
+        write_json(run / name, _with_hostile_names(json.loads((run / name).read_text())))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    write_lines(run / "metrics.jsonl", [{**line, HOSTILE: 1.0} for line in lines])
+    page = report_of(run)
+    made = (run / "report.html").read_bytes().decode()
+    check_self_contained(page, made)
+    assert page.text.count("<script>alert('1')</script>") > 100
+    assert "{{ 7*7 }}" in page.text
+    assert "\x00" not in made
+
+
+def _with_hostile_names(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {
+            key if key in _KNOWN else key + HOSTILE: _with_hostile_names(one) if key not in ("base", "tuned", "metric") else one
+            for key, one in value.items()
+        }
+    if isinstance(value, list):
+        return [_with_hostile_names(one) for one in value]
+    return value + HOSTILE if isinstance(value, str) else value
+
+
+_KNOWN = {
+    "test", "validation", "train", "examples", "metric", "base", "tuned", "variants", "tests", "wins", "losses", "ties",
+    "differences", "slices", "position", "difference", "value", "low", "high", "p", "by", "source_tokens", "histogram",
+    "target_tokens", "labels", "duplicates", "truncated", "source", "target", "overlap", "dropped", "median", "p95",
+    "max", "mean", "step-0", "step-300", "rougeL", "sources", "fused", "versions", "command_line", "devices", "ranks",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "absent",
+    ["config.yaml", "environment.json", "metrics.jsonl", "comparison.json", "data.json", "predictions", "final", "all"],
+)
+def test_what_is_not_there_is_said_and_left_out(tmp_path: Path, absent: str) -> None:
+    run = write_run(tmp_path / "run", steps=20)
+    for path in list(run.iterdir()):
+        if path.name == absent or (absent == "all" and path.name != "config.yaml"):
+            path.rename(tmp_path / f"away-{path.name}")
+    page = report_of(run)
+    check_self_contained(page, (run / "report.html").read_text())
+    said = {
+        "config.yaml": "config.yaml is not there",
+        "environment.json": "The command line is not known",
+        "metrics.jsonl": "No step was logged, so there are no curves",
+        "comparison.json": "Whether that is more than chance was not tested",
+        "data.json": "nothing is known of the data",
+        "predictions": "There are no predictions",
+        "final": "The run has not come to its end: this is what there is up to step 20",
+        "all": "Nothing was judged",
+    }
+    assert said[absent] in page.text
+    assert "cannot be shown" not in page.text
+
+
+def test_a_run_of_no_steps_and_one_that_was_cut_off_in_a_line(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=5)
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:2]))
+    (run / "comparison.json").unlink()
+    page = report_of(run)
+    assert "On validation, rougeL is 0." in page.text
+    assert "There is nothing to compare it with." in page.text
+    (run / "metrics.jsonl").write_text("".join(lines[:8]) + '{"step": 5, "loss": 1.2')
+    assert "up to" not in report_of(run).text
+    (run / "metrics.jsonl").write_text("".join(lines[:4]) + '{"step": 3, "loss": null, "grad_norm": null}\n')
+    assert "The loss was not finite at step 3." in report_of(run).text
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_strange_files_cost_a_section_and_never_the_page(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    run = write_run(tmp_path / "run", steps=20)
+    whole = {name: json.loads((run / name).read_text()) for name in ("comparison.json", "data.json", "environment.json")}
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for _ in range(25):
+        for name, value in whole.items():
+            write_json(run / name, _damaged(copy.deepcopy(value), rng))
+        write_lines(run / "metrics.jsonl", [_damaged(dict(line), rng) if rng.random() < 0.1 else line for line in lines])
+        check_self_contained(report_of(run), (run / "report.html").read_text())
+    (run / "comparison.json").write_bytes(b"\xff\xfe{")
+    (run / "config.yaml").write_text("[1, 2")
+    assert "config.yaml is no YAML" in report_of(run).text
+
+
+def _damaged(value: Any, rng: random.Random) -> Any:
+    """With a value somewhere replaced by one of another kind."""
+    if isinstance(value, dict | list) and value and rng.random() < 0.85:
+        key = rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        value[key] = _damaged(value[key], rng)
+        return value
+    return rng.choice([None, -1, 0, 1e308, float("nan"), "x", [], {}, [[]], {"a": {}}, True, [1, "b"], {"value": "y"}])
+
+
+def test_the_page_stays_small_and_lines_short_however_long_the_run_and_its_texts(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=30_000)
+    for path in run.glob("predictions/*.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        write_lines(path, [{key: "<&'\"" * 30_000 for key in line} for line in lines[:40]])
+    found = json.loads((run / "comparison.json").read_text())
+    for part in found.values():
+        part["differences"] = [{"position": i, "difference": 1.0 - i / 10} for i in range(20)]
+        part["slices"] *= 2000
+    write_json(run / "comparison.json", found)
+    data = json.loads((run / "data.json").read_text())
+    data["train"]["labels"] = {f"label {i}": 1 for i in range(50_000)}
+    write_json(run / "data.json", data)
+    (run / "config.yaml").write_text("name: long\nnote: " + "x" * 3_000_000)
+    page = report_of(run)
+    assert (run / "report.html").stat().st_size <= MOST_BYTES
+    assert "more characters are left out" in page.text
+    assert "Texts are cut at" in page.text
+    assert max(len(points.split()) for points in page.of("points")) <= MOST_POINTS
+    assert "and 49,980 more" in page.text or "and 49980 more" in page.text
+
+
+def test_thinned_lines_keep_their_ends_and_their_least_and_largest_values() -> None:
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        number = int(rng.integers(3, 5000))
+        values = rng.standard_cauchy(number)
+        points = [(float(x), float(y)) for x, y in enumerate(values)]
+        kept = thinned(points)
+        assert len(kept) <= MOST_POINTS, seed
+        assert kept == sorted(set(kept)), seed
+        assert set(kept) <= set(points), seed
+        assert {points[0], points[-1], points[values.argmin()], points[values.argmax()]} <= set(kept), seed
+        assert thinned(points[:400]) == points[:400]
+
+
+def test_texts_and_lines_stand_out_from_what_they_are_on_in_light_and_dark() -> None:
+    """Contrast as WCAG 2.2 has it: 4.5 for texts, 3 for lines."""
+    palettes = [dict(re.findall(r"--([\w-]+): (#\w{6})", part)) for part in re.findall(r":root \{(.*?)\}", STYLE.read_text(), re.S)]
+    assert len(palettes) == 3  # light, dark, print
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
+
+    def contrast(one: str, other: str) -> float:
+        low, high = sorted((luminance(one), luminance(other)))
+        return (high + 0.05) / (low + 0.05)
+
+    for palette in palettes:
+        for text in ("fg", "muted", "link", "better", "worse", "unclear"):
+            for behind in ("bg", "panel"):
+                assert contrast(palette[text], palette[behind]) >= 4.5, (text, behind, palette[text])
+        for kind in ("better", "worse", "unclear"):
+            assert contrast(palette[kind], palette[f"{kind}-bg"]) >= 4.5, kind
+        assert contrast(palette["fg"], palette["mark"]) >= 4.5
+        for line in range(7):
+            for behind in ("bg", "panel"):
+                assert contrast(palette[f"c{line}"], palette[behind]) >= 3, (line, behind)
+
+
+def test_the_command_writes_the_page_anew_without_torch(tmp_path: Path) -> None:
+    run, other = write_run(tmp_path / "runs" / "first", "first"), write_run(tmp_path / "runs" / "second", "second", seed=1)
+    commands = [["--run", str(run)], ["--run", str(run), "--run", str(other), "--out", str(tmp_path / "both.html")]]
+    script = (
+        "import sys; from shardtune.cli import main\n"
+        f"for words in {commands!r}: assert main(['report', *words]) == 0\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"written: {run / 'report.html'}", f"written: {tmp_path / 'both.html'}"]
+    page = Page((tmp_path / "both.html").read_text())
+    check_self_contained(page, (tmp_path / "both.html").read_text())
+    settings = page.text.partition("What is set differently")[2].partition("Curves Training loss")[0]
+    assert "optimizer.lr 0.0001 0.0002" in settings
+    assert "seed 0 1" in settings
+    assert "tuning.rank" not in settings
+    assert "left no statistics of them: there is no test" in page.text
+
+
+def test_a_wrong_folder_is_answered_with_those_that_are_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "news")
+    for words, said in (
+        (["--run", str(tmp_path / "nwes")], f"there is no folder {tmp_path / 'nwes'}; the runs in {tmp_path} are: news"),
+        (["--run", str(tmp_path)], "is no run's folder (no config.yaml, no metrics.jsonl); the runs in it are: news"),
+        (["--run", str(tmp_path / "news"), "--out", str(tmp_path)], f"--out: {tmp_path} is a folder"),
+    ):
+        assert main(["report", *words]) == 2
+        assert said in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert main(["report", "--run", str(tmp_path / "news"), "--out", str(tmp_path / "file" / "x.html")]) == 7
+
+
+def test_a_finished_run_does_not_fail_for_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_run(tmp_path / "run")
+    report_of(run)
+    before = (run / "report.html").read_text()
+
+    def broken(run: Any) -> str:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr("shardtune.report.page", broken)
+    assert write_report(run) == f"no report (KeyError: 'a bug'); `shardtune report --run {run}` tries again"
+    assert write_report(tmp_path / "none") is not None
+    assert (run / "report.html").read_text() == before
+    monkeypatch.undo()
+    (run / "report.html").unlink()
+    (run / "report.html").mkdir()
+    with pytest.raises(StorageError, match=r"report\.html"):
+        write_report(run)
+
+
+def test_what_is_told_of_data_is_what_counting_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHARDTUNE_CACHE", str(tmp_path / "cache"))
+    rng = random.Random(3)
+    words = ["red", "cat", "dog", "sings", "over"]
+
+    def row() -> dict[str, str]:
+        text = " ".join(rng.choices(words, k=rng.randint(1, 60)))
+        return {"text": text, "summary": text[:20], "label": rng.choice(["a", "b", "b"])}
+
+    train, validation = [row() for _ in range(50)], [row() for _ in range(20)]
+    train += train[:7] + [{"text": " ", "summary": "x", "label": "a"}]
+    validation += [*train[:3], validation[0]]
+    for model in ("bert", "t5"):
+        config = load_config(
+            tiny_config(
+                tmp_path / model, model,
+                data={
+                    "train": [str(write_rows(tmp_path / f"{name}.jsonl", part)) for name, part in
+                              (("one", train[:30]), ("two", train[30:]))],
+                    "validation": str(write_rows(tmp_path / "v.jsonl", validation)),
+                },
+            ),
+            [],
+        )  # fmt: skip
+        for _ in range(2):  # counted, then remembered
+            prepared = prepare(config, World(0, 1, 0, torch.device("cpu")), read_texts(config))
+            found = data_statistics(config, prepared)
+        write_data_statistics(tmp_path, config, prepared)
+        assert json.loads((tmp_path / "data.json").read_text()) == found
+        assert found["overlap"] == {"train/validation": 3}
+        assert found["dropped"] == {"empty source": 1}
+        assert found["train"]["sources"] == {str(tmp_path / "one.jsonl"): 30, str(tmp_path / "two.jsonl"): 27}
+        for split, rows in (("train", train[:-1]), ("validation", validation)):
+            told = found[split]
+            assert told["examples"] == len(rows)
+            key = "label" if model == "bert" else "summary"
+            assert told["duplicates"] == len(rows) - len({(one["text"], one[key]) for one in rows})
+            if model == "bert":
+                assert told["labels"] == Counter(one["label"] for one in rows)
+                assert "target_tokens" not in told
+            else:
+                assert told["labels"] == {}
+            whole = [len(prepared.tokenizer(one["text"])["input_ids"]) for one in rows]
+            lengths = np.minimum(whole, 48)
+            assert told["truncated"]["source"] == sum(length > 48 for length in whole)
+            tokens = told["source_tokens"]
+            assert tokens["mean"] == pytest.approx(lengths.mean())
+            assert (tokens["median"], tokens["max"]) == (np.median(lengths), lengths.max())
+            assert tokens["p95"] == pytest.approx(np.percentile(lengths, 95))
+            bars = tokens["histogram"]
+            assert [[low, high, int(((lengths >= low) & (lengths <= high)).sum())] for low, high, _ in bars] == bars
+            assert sum(count for *_, count in bars) == len(rows)
+
+
+@pytest.fixture(scope="module")
+def tiny_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
+    """Two real runs that judge the same examples."""
+    folder = tmp_path_factory.mktemp("report")
+    runs = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SHARDTUNE_CACHE", str(folder / "cache"))
+        for name, lr in (("slow", 1e-4), ("fast", 1e-2)):
+            options = {"evaluation__baseline": True, "evaluation__metrics": ["rouge", "exact_match"]}
+            path = tiny_config(folder, "t5", name=name, optimizer__lr=lr, **options)
+            assert main(["train", "--config", str(path), "--ranks", "1"]) == 0
+            runs.append(folder / "runs" / name)
+        yield runs
+
+
+def test_the_page_of_a_real_run(tiny_runs: list[Path]) -> None:
+    page = report_of(tiny_runs[1])
+    check_self_contained(page, (tiny_runs[1] / "report.html").read_text())
+    lines = [json.loads(line) for line in (tiny_runs[1] / "metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if line.get("split") == "validation"][-1]
+    assert f"{last['rougeL']:.3f}" in page.text
+    assert "cannot be shown" not in page.text
+    assert {"Loss", "rougeL", "Learning rate", "Memory"} <= set(page.texts)
+    first = json.loads((tiny_runs[1] / "predictions" / "step-4-validation.jsonl").read_text().splitlines()[0])
+    assert first["reference"] in page.text
+
+
+def test_runs_that_judged_the_same_examples_are_tested_against_each_other(tiny_runs: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "comparison.html"
+    words = ["report", "--run", str(tiny_runs[0]), "--run", str(tiny_runs[1]), "--out", str(out)]
+    assert main(words) == 0
+    page = Page(out.read_text())
+    check_self_contained(page, out.read_text())
+    rows = [np.load(run / "statistics" / "step-4-validation.npy") for run in tiny_runs]
+    part = compare(Scorer(["rouge", "exact_match"]), {"A": rows[0], "B": rows[1]}, "B", "A", "rougeL")
+    test = part["tests"]["rougeL"]
+    said = f"rougeL is {part['variants']['A']['rougeL']['value']:.3f} for A (slow) and "
+    assert said in page.text
+    assert f"{test['low']:+.3f} to {test['high']:+.3f}".replace("-", "−").replace("+0.000", "±0.000") in page.text or (
+        test["low"] == test["high"] == 0
+    )
+    predictions = tiny_runs[1] / "predictions" / "step-4-validation.jsonl"
+    whole = predictions.read_text()
+    predictions.write_text("".join(whole.splitlines(keepends=True)[::-1]))
+    assert main(words) == 0
+    assert "did not judge the same examples" in Page(out.read_text()).text
+    predictions.write_text(whole)
+
+
+@pytest.mark.skipif(PROGRAM is None, reason="no Chromium here")
+def test_in_a_browser_nothing_is_wrong_asked_for_or_cut(tmp_path: Path, tiny_runs: list[Path]) -> None:
+    run = write_run(tmp_path / "runs" / ("a-long-name-" * 12), name="a_long_name_" * 30)
+    pages = [run / "report.html", tmp_path / "both.html", tiny_runs[0] / "report.html"]
+    for path in (run, tiny_runs[0]):
+        assert write_report(path) is None
+    assert main(["report", "--run", str(run), "--run", str(tiny_runs[0]), "--out", str(pages[1])]) == 0
+    browser = Browser()
+    try:
+        for page in pages:
+            for width in (1280, 400):
+                for dark in (False, True):
+                    browser.show(page, width, dark)
+                    wide, inner = browser.evaluate("[document.documentElement.scrollWidth, innerWidth]")
+                    assert wide <= inner == width, page
+                    background = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+                    assert background == ("rgb(17, 21, 26)" if dark else "rgb(255, 255, 255)")
+                    outside = browser.evaluate(OUTSIDE)
+                    assert outside == [], (page, width)
+                    told = [event["method"] for event in browser.events if event["method"] in SPOKEN]
+                    assert told == []
+                    asked = {
+                        event["params"]["request"]["url"]
+                        for event in browser.events
+                        if event["method"] == "Network.requestWillBeSent"
+                    }
+                    assert asked <= {page.resolve().as_uri(), "data:,"}
+        assert browser.printed().startswith(b"%PDF")
+    finally:
+        browser.close()
+
+
+SPOKEN = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
+OUTSIDE = """[...document.querySelectorAll('svg text, p, h1, h2, h3, h4, dd, dt, li, figcaption, mark')].filter(one => {
+  const box = one.getBoundingClientRect();
+  return box.width && (box.left < -0.5 || box.right > innerWidth + 0.5);
+}).map(one => one.textContent.slice(0, 60))"""
+"""Texts that stand out of the window, tables apart, which scroll in their boxes."""
