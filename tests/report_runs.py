@@ -92,6 +92,7 @@ def metrics(steps: int, gain: float, rng: random.Random) -> Any:
         }  # fmt: skip
         if step % max(1, steps // 10) == 0:
             line = judged(step, "validation")
+            line["train_loss"] = 3.2 - 1.6 * done
             if step == steps:
                 line["parted_since"] = steps // 2
             yield line

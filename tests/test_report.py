@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from browser import PROGRAM, Browser
 from report_runs import write_json, write_lines, write_run
-from tiny import tiny_config, write_rows
-
 from shardtune.assemble.data import read_texts
 from shardtune.assemble.data_statistics import data_statistics, write_data_statistics
 from shardtune.assemble.prepared import prepare
@@ -29,6 +28,7 @@ from shardtune.report import write_report
 from shardtune.report.charts import MOST_POINTS, thinned
 from shardtune.report.page import MOST_BYTES
 from shardtune.world import World
+from tiny import tiny_config, write_rows
 
 HOSTILE = "</script><script>alert('1')</script><img src=//evil.example/x onerror=alert(2)>\"'&amp;{{ 7*7 }}\x00"
 STYLE = Path(write_report.__code__.co_filename).parent / "templates" / "style.css"
@@ -111,7 +111,9 @@ def test_the_page_says_first_what_tuning_did_and_whether_that_is_sure(
     after = f"{0.21 + gain:.3f}"
     assert f"On 200 examples of test, rougeL went from 0.210 to {after}: {gain:+.3f}".replace("-", "−") in head
     assert head.index("rougeL on test") < head.index("rougeL on validation")
-    assert "Overfitting: since step 150 the loss on validation rises" in head
+    assert re.search(
+        r"Overfitting: validation loss rises since step 150 .* at step 300\) while training loss falls", head
+    )
     assert "3 of 1,000 examples of validation also stand in train" in head
     for said in (
         "google/flan-t5-base", "lora: rank 16", "4 × NVIDIA H100", "fsdp2", "0123456789abcdef", "torch 2.11.0",
@@ -224,7 +226,7 @@ def test_a_run_of_no_steps_and_one_that_was_cut_off_in_a_line(tmp_path: Path) ->
     assert "On validation, rougeL is 0." in page.text
     assert "There is nothing to compare it with." in page.text
     (run / "metrics.jsonl").write_text("".join(lines[:8]) + '{"step": 5, "loss": 1.2')
-    assert "up to" not in report_of(run).text
+    assert not [text for text in report_of(run).texts if "cannot" in text]
     (run / "metrics.jsonl").write_text("".join(lines[:4]) + '{"step": 3, "loss": null, "grad_norm": null}\n')
     assert "The loss was not finite at step 3." in report_of(run).text
 
@@ -237,7 +239,7 @@ def test_strange_files_cost_a_section_and_never_the_page(tmp_path: Path, seed: i
         name: json.loads((run / name).read_text()) for name in ("comparison.json", "data.json", "environment.json")
     }
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    for _ in range(25):
+    for _ in range(8):
         for name, value in whole.items():
             write_json(run / name, _damaged(copy.deepcopy(value), rng))
         write_lines(
@@ -259,10 +261,10 @@ def _damaged(value: Any, rng: random.Random) -> Any:
 
 
 def test_the_page_stays_small_and_lines_short_however_long_the_run_and_its_texts(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", steps=30_000)
+    run = write_run(tmp_path / "run", steps=3_000)
     for path in run.glob("predictions/*.jsonl"):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        write_lines(path, [{key: "<&'\"" * 30_000 for key in line} for line in lines[:40]])
+        write_lines(path, [dict.fromkeys(line, "<&'\"" * 8_000) for line in lines[:20]])
     found = json.loads((run / "comparison.json").read_text())
     for part in found.values():
         part["differences"] = [{"position": i, "difference": 1.0 - i / 10} for i in range(20)]
@@ -275,6 +277,7 @@ def test_the_page_stays_small_and_lines_short_however_long_the_run_and_its_texts
     page = report_of(run)
     assert (run / "report.html").stat().st_size <= MOST_BYTES
     assert "more characters are left out" in page.text
+    assert "cannot be shown" not in page.text
     assert "Texts are cut at" in page.text
     assert max(len(points.split()) for points in page.of("points")) <= MOST_POINTS
     assert "and 49,980 more" in page.text or "and 49980 more" in page.text
@@ -393,7 +396,7 @@ def test_what_is_told_of_data_is_what_counting_gives(tmp_path: Path, monkeypatch
         return {"text": text, "summary": text[:20], "label": rng.choice(["a", "b", "b"])}
 
     train, validation = [row() for _ in range(50)], [row() for _ in range(20)]
-    train += train[:7] + [{"text": " ", "summary": "x", "label": "a"}]
+    train += [*train[:7], {"text": " ", "summary": "x", "label": "a"}]
     validation += [*train[:3], validation[0]]
     for model in ("bert", "t5"):
         config = load_config(
@@ -407,9 +410,9 @@ def test_what_is_told_of_data_is_what_counting_gives(tmp_path: Path, monkeypatch
             ),
             [],
         )  # fmt: skip
-        for _ in range(2):  # counted, then remembered
-            prepared = prepare(config, World(0, 1, 0, torch.device("cpu")), read_texts(config))
-            found = data_statistics(config, prepared)
+        prepared, counted = (prepare(config, World(0, 1, 0, torch.device("cpu")), read_texts(config)) for _ in range(2))
+        found = data_statistics(config, prepared)
+        assert data_statistics(config, counted) == found  # of what is remembered
         write_data_statistics(tmp_path, config, prepared)
         assert json.loads((tmp_path / "data.json").read_text()) == found
         assert found["overlap"] == {"train/validation": 3}
@@ -473,13 +476,14 @@ def test_runs_that_judged_the_same_examples_are_tested_against_each_other(
     page = Page(out.read_text())
     check_self_contained(page, out.read_text())
     rows = [np.load(run / "statistics" / "step-4-validation.npy") for run in tiny_runs]
-    part = compare(Scorer(["rouge", "exact_match"]), {"A": rows[0], "B": rows[1]}, "B", "A", "rougeL")
-    test = part["tests"]["rougeL"]
-    said = f"rougeL is {part['variants']['A']['rougeL']['value']:.3f} for A (slow) and "
+    main_score = json.loads((tiny_runs[0] / "comparison.json").read_text())["validation"]["metric"]
+    part = compare(Scorer(["rouge", "exact_match"]), {"A": rows[0], "B": rows[1]}, "B", "A", main_score)
+    test, values = part["tests"][main_score], [part["variants"][name][main_score]["value"] for name in "AB"]
+    said = f"{main_score} is {values[0]:.3f} for A (slow) and {values[1]:.3f} for B (fast): "
     assert said in page.text
-    assert f"{test['low']:+.3f} to {test['high']:+.3f}".replace("-", "−").replace("+0.000", "±0.000") in page.text or (
-        test["low"] == test["high"] == 0
-    )
+    ends = [f"{test[end]:+.3f}".replace("-", "−") if test[end] else "±0.000" for end in ("low", "high")]
+    assert f"(95 % interval {ends[0]} to {ends[1]}, p " in page.text
+    assert f"B (fast) did better on {part['wins']} example" in page.text
     predictions = tiny_runs[1] / "predictions" / "step-4-validation.jsonl"
     whole = predictions.read_text()
     predictions.write_text("".join(whole.splitlines(keepends=True)[::-1]))

@@ -6,6 +6,8 @@ A chart is drawn at its own width and at most a few percent larger, so that its 
 from __future__ import annotations
 
 import math
+import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -136,11 +138,13 @@ def line_chart(
     names = [_short(text) for text in [*(one.label for one in series), *(text for text, _ in levels)]]
     right = WIDTH - RIGHT if len(names) == 1 else WIDTH - 10 - LETTER * max(map(len, names))
     x_axis = _axis(min(places), max(places), LEFT, right, exact=True)
-    low, high = (0.0, max(values)) if from_zero else (min(values), max(values))
+    low, high = min(values), max(values)
+    if from_zero and not logarithmic:
+        low, high = min(low, 0.0), max(high, 0.0)
     y_axis = _axis(low, high, HEIGHT - BOTTOM, TOP, logarithmic=logarithmic)
     thinned = max(len(one.points) for one in series) > MOST_POINTS
     chart = Chart(
-        identifier=identifier,
+        identifier=as_identifier(identifier),
         title=title,
         unit=f"{unit}, logarithmic" if logarithmic and unit else "logarithmic" if logarithmic else unit,
         description=_described(series, x_title, thinned),
@@ -184,6 +188,12 @@ def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
         least, largest = (choose(there, key=lambda p: p[1]) for choose in (min, max))  # type: ignore[arg-type, return-value]
         kept += sorted({least, largest})
     return [*kept, points[-1]]
+
+
+def as_identifier(text: str) -> str:
+    """Letters, digits and dashes; where others had to go, a number keeps it apart from what was alike."""
+    plain = re.sub(r"[^A-Za-z0-9_-]+", "-", text)
+    return plain if plain == text else f"{plain}-{zlib.crc32(text.encode('utf-8', 'replace')):08x}"
 
 
 def _axis(low: float, high: float, start: float, stop: float, exact: bool = False, logarithmic: bool = False) -> Axis:
@@ -306,7 +316,7 @@ def histogram(identifier: str, title: str, bars: Sequence[Sequence[float]], x_ti
         f"{fullest[2]:,.0f}, have {fullest[0]:g} to {fullest[1]:g}."
     )
     return Histogram(
-        identifier, title, description, x_title, WIDTH, height, LEFT, WIDTH - RIGHT, TOP, bottom,
+        as_identifier(identifier), title, description, x_title, WIDTH, height, LEFT, WIDTH - RIGHT, TOP, bottom,
         _ticks(x_axis, 5, least=1), _ticks(y_axis, 4, least=1), drawn,
     )  # fmt: skip
 
@@ -365,4 +375,6 @@ def whiskers(
         f"{label} {number(value)}" + ("" if low is None or high is None else f" ({number(low)} to {number(high)})")
         for label, value, low, high, _ in rows
     )
-    return Whiskers(identifier, title, said + ".", width, bottom + 34, left, right, bottom, _ticks(axis, 4), drawn)
+    return Whiskers(
+        as_identifier(identifier), title, said + ".", width, bottom + 34, left, right, bottom, _ticks(axis, 4), drawn
+    )

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from shardtune.overfitting import PARTED, TRAINING
 from shardtune.report.charts import Chart, Point, Series, line_chart
 from shardtune.report.files import Line, RunFiles, finite
 
 SPEEDS = {"examples_per_second": "examples a second", "generated_tokens_per_second": "generated tokens a second"}
 """What evaluation lines hold beside scores."""
-PARTED = "parted_since"
-"""On the line of an evaluation that noticed overfitting: the step since when the losses part."""
 MOST_SCORES = 12
 """So many scores have a chart; of a task with a score for each of many labels, the first ones."""
 COLOURS = {"train": 1, "validation": 2, "test": 3}
@@ -82,7 +81,7 @@ def score_charts(run: RunFiles) -> Iterator[Chart | None]:
 
 def scores_of(lines: Sequence[Line]) -> list[str]:
     """The names of scores but for the loss, in the order in which they are first there."""
-    beside = {"step", "split", "of", "loss", "train_loss", PARTED, *SPEEDS}
+    beside = {"step", "split", "of", "loss", TRAINING, PARTED, *SPEEDS}
     return list(
         dict.fromkeys(
             key for line in lines for key, value in line.items() if key not in beside and finite(value) is not None

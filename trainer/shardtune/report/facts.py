@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from shardtune.overfitting import warnings_in
 from shardtune.report.charts import Histogram, histogram
-from shardtune.report.curves import PARTED
 from shardtune.report.files import RunFiles, finite
 from shardtune.report.scores import Cell, Table
 from shardtune.report.words import plural, seconds, share, size_of, whole
@@ -143,14 +143,7 @@ def warnings(run: RunFiles) -> list[str]:
 def _warnings(run: RunFiles) -> Iterator[str]:
     if not run.finished:
         yield f"The run has not come to its end: this is what there is up to step {run.last_step}."
-    for line in run.evaluations:
-        since = finite(line.get(PARTED))
-        if since is not None:
-            yield (
-                f"Overfitting: since step {since:.0f} the loss on {line['split']} rises while that of training falls "
-                f"(noticed at step {line['step']}). evaluation.best keeps the best step, evaluation.patience stops "
-                "early."
-            )
+    yield from (f"Overfitting: {text}." for text in warnings_in(run.evaluations))
     broken = [line["step"] for line in run.training if "loss" in line and finite(line["loss"]) is None]
     if broken:
         yield f"The loss was not finite at step {broken[0]}" + (f" and {len(broken) - 1} more." if broken[1:] else ".")

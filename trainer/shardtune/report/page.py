@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,34 +27,35 @@ Part = TypeVar("Part")
 
 def page(run: RunFiles) -> str:
     """One self-contained page; sections whose files are not there say so."""
-    made = ""
+    made, odd = "", []
+    content = _content(run, odd)
     for limit in LIMITS:
-        made = render("run.html.jinja", **_content(run, limit))
+        groups = _of(odd, "Examples", lambda limit=limit: _examples(run, limit), [])
+        made = render("run.html.jinja", **content, examples=groups, limit=limit)
         if len(made.encode("utf-8")) <= MOST_BYTES:
             break
     return made
 
 
-def _content(run: RunFiles, limit: int) -> dict[str, Any]:
-    odd: list[str] = []
+def _of(odd: list[str], section: str, make: Callable[[], Part], otherwise: Part) -> Part:
+    """A file that was written by hand or by another version costs a section, not the page."""
+    try:
+        return make()
+    except Exception as error:
+        said = f"{section} cannot be shown: the run's files are not as expected ({type(error).__name__}: {error})"
+        odd += [cut(said, 500)[0]] if said not in odd else []
+        return otherwise
 
-    def of(section: str, make: Callable[[], Part], otherwise: Part) -> Part:
-        """A file that was written by hand or by another version costs a section, not the page."""
-        try:
-            return make()
-        except Exception as error:
-            odd.append(
-                f"{section} cannot be shown: the run's files are not as expected ({type(error).__name__}: {error})"
-            )
-            return otherwise
 
+def _content(run: RunFiles, odd: list[str]) -> dict[str, Any]:
+    """All but the examples; `odd` is told what cannot be shown."""
+    of = functools.partial(_of, odd)
     config, config_cut = cut(run.config_text, CONFIG_CHARACTERS)
     return {
         "name": cut(run.name, 200)[0],
         "subtitle": of("The line under the name", lambda: facts.subtitle(run), ""),
         "compared": of("Before and after", lambda: compared(run), []),
         "charts": of("Curves", lambda: curves(run), []),
-        "examples": of("Examples", lambda: _examples(run, limit), []),
         "data": of("Data", lambda: facts.data_of(run), None),
         "overlaps": of("Overlap of splits", lambda: facts.overlaps(run), []),
         "cost": of("Cost", lambda: facts.cost(run), []),
@@ -70,7 +72,6 @@ def _content(run: RunFiles, limit: int) -> dict[str, Any]:
         "made": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
         "folder": str(Path(run.folder).resolve()),
         "shardtune": str((run.environment.get("versions") or {}).get("shardtune") or ""),
-        "limit": limit,
     }
 
 
