@@ -457,6 +457,7 @@ def random_config(rng: random.Random) -> Config:
         values["checkpoint"]["every"] = rng.choice([1, 700, "30s", "10m", "2h"])
     if "evaluation" in values:
         values["evaluation"]["metrics"] = rng.choice([None, [], ["perplexity"]])
+        values["evaluation"]["best"] = rng.choice([None, "loss"])
     config = Config.model_validate(values)
     return random_config(rng) if list(conflicts(config)) else config
 
