@@ -8,10 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from peft import PeftModel
+from torch import Tensor
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 import plain
 import run_many
@@ -19,7 +22,10 @@ import tiny
 from layouts import ALL
 from shardtune.cli import main
 from shardtune.model.tokenizer import load_tokenizer, train_tokenizer
+from shardtune.protocols import Generation, Text, Tokens
+from shardtune.task.classification import Classification
 from skeletons import CLASSES, MODELS
+from small_tokenizers import wordpiece
 from tiny import TASKS
 
 STRATEGIES = {"single": 1, "ddp": 2, "fsdp2": 2, "zero3": 2}
@@ -249,3 +255,71 @@ def test_commands(folder: Path, tmp_path: Path, kind: str, method: str, capsys: 
             if isinstance(one, torch.Tensor):
                 torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     assert load_tokenizer(str(out), "right", False).get_vocab() == tokenizer.get_vocab()
+
+
+# ---------------------------------------------------------------------------------------- several labels, numbers
+
+PROBLEMS = {"multi_label": ["cat", "dog"], "regression": []}
+
+
+def classified(problem: Any, target: str) -> tuple[Classification, Tokens]:
+    task = Classification(wordpiece(), 20, PROBLEMS[problem], problem)
+    (encoded,) = task.encode([Text("f:1", "the cat runs", target)])
+    return task, Tokens(np.array(encoded.source, np.int32), np.array(encoded.target, np.int32))
+
+
+class Says(torch.nn.Module):
+    """A model with these logits."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = torch.nn.Parameter(logits)
+
+    def forward(self, **inputs: Tensor) -> Any:
+        return SequenceClassifierOutput(logits=self.logits)  # pyright: ignore
+
+
+@pytest.mark.parametrize("value", [-100.0, 0.0, 3.25, -7e5])
+def test_any_number_is_learned(value: float) -> None:
+    """Also the one that stands for no label elsewhere."""
+    task, example = classified("regression", repr(value))
+    batch = task.collate([example, example])
+    assert batch.labels.tolist() == [value, value]
+    model = Says(torch.tensor([[value + 2], [value]]))
+    assert task.losses(model, batch).tolist() == [4.0, 0.0]
+    assert task.losses(model, batch.blank()).tolist() == [0.0, 0.0]
+    assert float(task.predict(model, [example, example], Generation(1))[1]) == value
+
+
+@pytest.mark.parametrize(("target", "held"), [("[]", [0, 0]), ('["dog"]', [0, 1]), ('["cat", "dog"]', [1, 1])])
+def test_any_number_of_labels_holds(target: str, held: list[float]) -> None:
+    task, example = classified("multi_label", target)
+    batch = task.collate([example])
+    assert batch.labels.tolist() == [held]
+    model = Says(torch.tensor([[0.3, -0.7]]))
+    wanted = torch.nn.functional.binary_cross_entropy_with_logits(
+        model.logits[0], torch.tensor(held, dtype=torch.float)
+    )
+    assert task.losses(model, batch).item() == pytest.approx(wanted.item(), rel=1e-6)
+    assert task.losses(model, batch.blank()).tolist() == [0.0]
+    assert task.predict(model, [example], Generation(1)) == ['["cat"]']
+
+
+@pytest.mark.parametrize(
+    ("problem", "label", "said"),
+    [
+        ("multi_label", "cat", "a string, not a list of labels, which task.problem: multi_label needs"),
+        ("multi_label", ["cat", None], "label 2: null, not a string, an integer or a boolean"),
+        ("regression", "five", "a string, not a number, which task.problem: regression needs"),
+        ("regression", True, "a boolean, not a number"),
+    ],
+)
+def test_a_wrong_label_ends_the_run_with_its_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], problem: str, label: Any, said: str
+) -> None:
+    config = tiny.tiny_config(tmp_path, "bert", task={**TASKS["classification"], "problem": problem})
+    tiny.write_rows(tmp_path / "train.jsonl", [{"text": "a", "label": 3 if problem == "regression" else ["cat"]}])
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "b", "label": label}) + "\n")
+    assert main(["train", "--config", str(config)]) == 3
+    assert f"{tmp_path / 'train.jsonl'}:2 field `label`: {said}" in capsys.readouterr().err
