@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -38,7 +39,14 @@ class Run:
     """What there is to save: tensors of every dtype and of any size, none and a number among them."""
 
     def __init__(
-        self, folder: Path, world: World, seed: int, scale: int = 1000, keep: int = 3, background: bool = True
+        self,
+        folder: Path,
+        world: World,
+        seed: int,
+        scale: int = 1000,
+        keep: int = 3,
+        background: bool = True,
+        best: Callable[[int], int | None] = lambda step: None,
     ):
         draw = torch.Generator().manual_seed(seed)
         self.step = 10
@@ -49,7 +57,7 @@ class Run:
             values = torch.randint(0, 2, (count,), generator=draw) + torch.rand(count, generator=draw) / 2
             self.tensors[f"rank{world.rank}.{index}"] = values.to(DTYPES[index % len(DTYPES)])
         self.folder = folder
-        self.saver = Saver(folder, world, keep, background, self.snapshot, self.said.append)
+        self.saver = Saver(folder, world, keep, background, self.snapshot, self.said.append, best)
         self._world = world
 
     def snapshot(self) -> Snapshot:

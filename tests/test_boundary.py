@@ -39,13 +39,22 @@ class Saves:
 
 
 class Run:
-    def __init__(self, step: int, begins_at: int, told: str | None = None, lost: int = 0) -> None:
+    def __init__(
+        self,
+        step: int,
+        begins_at: int,
+        told: str | None = None,
+        lost: int = 0,
+        best: bool = False,
+        enough: bool = False,
+    ) -> None:
         self.state = TrainingState(step=step)
         self.saves = Saves(self.state, lost)
         alone = World(0, 1, 0, torch.device("cpu"))
         self.boundaries = Boundaries(
-            self.state, alone, self.saves, 10, None, None, lambda: told, lambda: "kept", begins_at
-        )
+            self.state, alone, self.saves, 10, None, None, lambda: told, lambda: "kept", begins_at, lambda: best,
+            lambda: enough,
+        )  # fmt: skip
 
     def boundary(self) -> bool:
         return self.boundaries.agreed(self.boundaries.asks(None))
@@ -86,3 +95,41 @@ def test_told_to_stop_in_the_last_evaluation_with_the_last_save_lost(lost: int) 
     run.boundaries.end()
     with pytest.raises(StorageError, match="step 12 could not be saved"):
         run.boundaries.stop()
+
+
+def test_the_best_is_saved_once() -> None:
+    run = Run(7, 0, best=True)
+    assert run.boundary()
+    assert run.boundary()
+    assert run.saves.asked == ["save 7"]
+    run = Run(7, 7, best=True)
+    assert run.boundary()
+    assert run.saves.asked == [], "it is there"
+    run = Run(7, 0)
+    assert run.boundary()
+    assert run.saves.asked == []
+
+
+def test_enough_ends_training_but_a_signal_comes_first() -> None:
+    run = Run(7, 0, enough=True)
+    assert not run.boundary()
+    assert run.saves.asked == [], "the end saves"
+    with pytest.raises(Stopped):
+        Run(7, 0, told="SIGTERM", enough=True).boundary()
+
+
+def test_one_rank_that_has_enough_ends_all() -> None:
+    run = Run(7, 0)
+    asked = [first + second for first, second in zip(run.boundaries.asks(None), [0, 0, 1, 0], strict=True)]
+    assert not run.boundaries.agreed(asked)
+
+
+def test_before_weights_change_the_last_step_is_saved_after_all() -> None:
+    run = Run(12, 0, lost=1)
+    run.boundaries.end()
+    assert run.saves.newest is None
+    run.boundaries.settle()
+    assert run.saves.newest == 12
+    run = Run(0, 0)
+    run.boundaries.settle()
+    assert run.saves.newest is None, "there is nothing to save before the first step"

@@ -20,6 +20,7 @@ from shardtune.tuning_config import LoraConfig, TuningConfig
 
 BASE = "model: {path: a/b}\ntask: {kind: seq2seq, source: s, target: t}\ndata: {train: x.jsonl}\n"
 TASKS = SECTIONS
+SCHEMA = Config.model_json_schema()
 METHODS = [section.model_fields["method"].annotation.__args__[0] for section in get_args(get_args(TuningConfig)[0])]
 METHOD_NAMES = ", ".join(METHODS)
 
@@ -395,7 +396,7 @@ def random_value(rule: dict[str, Any], rng: random.Random) -> Any:
 
 
 def random_config(rng: random.Random) -> Config:
-    schema = Config.model_json_schema()
+    schema = SCHEMA
 
     def section(rule: dict[str, Any]) -> dict[str, Any]:
         required = rule.get("required", [])
@@ -457,6 +458,7 @@ def random_config(rng: random.Random) -> Config:
         values["checkpoint"]["every"] = rng.choice([1, 700, "30s", "10m", "2h"])
     if "evaluation" in values:
         values["evaluation"]["metrics"] = rng.choice([None, [], ["perplexity"]])
+        values["evaluation"]["best"] = rng.choice([None, "loss"])
     config = Config.model_validate(values)
     return random_config(rng) if list(conflicts(config)) else config
 

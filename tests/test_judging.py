@@ -271,7 +271,7 @@ def test_a_run_that_overfits(tmp_path: Path, capsys: pytest.CaptureFixture[str],
     comparison = json.loads((run / "comparison.json").read_text())
     assert (comparison["validation"]["base"], comparison["validation"]["tuned"]) == ("step-0", f"step-{best}")
     assert (comparison["test"]["base"], comparison["test"]["tuned"]) == ("step-0", "best")
-    assert {"best", "step-0", f"step-{last}"} == comparison["test"]["variants"].keys()
+    assert {"best", "step-0", "lead", f"step-{last}"} == comparison["test"]["variants"].keys()
     assert comparison["test"]["variants"]["best"]["loss"]["value"] != judged(run, "test")[last]
     table = out[out.index("split ") : out.index("\ndone in")]
     assert max(map(len, table.splitlines())) <= 80

@@ -561,3 +561,14 @@ def test_dropout_of_an_architecture() -> None:
     parts = EncoderDecoderConfig(encoder=T5Config().to_dict(), decoder=BartConfig().to_dict())
     set_dropout(parts, 0.0)
     assert (parts.encoder.dropout_rate, parts.decoder.dropout) == (0.0, 0.0)
+
+
+def test_dropout_of_a_head_that_the_config_does_not_know(tmp_path: Path) -> None:
+    """A decoder that marks words has 0.1 of it where nobody says otherwise."""
+    from shardtune.model.skeleton import set_dropout
+
+    config = AutoConfig.from_pretrained(architecture(tmp_path, "llama"))
+    set_dropout(config, 0.0, "token_classification")
+    model = CLASSES["token_classification"].from_config(config)
+    rates = {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
+    assert rates == {0.0}

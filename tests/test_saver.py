@@ -124,6 +124,20 @@ def test_only_so_many_are_kept_and_a_hurried_one_leaves_them_alone(tmp_path: Pat
     run.saver.close()
 
 
+def test_the_best_stays_until_a_better_one_is_whole(tmp_path: Path, seed: int):
+    found = {10: 10, 20: 10, 30: 10, 40: 40, 50: 40, 60: 40}
+    run = saves.Run(tmp_path / "checkpoints", saves.alone(), seed, keep=1, best=found.__getitem__)
+    kept = []
+    for _ in found:
+        run.saver.save()
+        kept.append([int(name.removeprefix("step-")) for name in saves.names(run.folder) if name.startswith("step-")])
+        run.saver.finish()
+        run.step += 10
+    kept.append([int(name.removeprefix("step-")) for name in saves.names(run.folder)])
+    assert kept[1:] == [[10], [10, 20], [10, 30], [40], [40, 50], [40, 60]], "as each save begins, and at last"
+    run.saver.close()
+
+
 def test_the_same_step_again_takes_the_place_of_the_older(run: saves.Run):
     run.saver.save()
     run.change()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import random
@@ -35,17 +37,22 @@ class Shipped(NamedTuple):
     method: str
     model: dict[str, Any]
     fields: dict[str, str]
-    """The fields of its data, and which of `tiny.rows` they hold; none: conversations."""
+    """The fields of its data, and which of `tiny.rows` they hold; none: conversations, or rows of the task's own."""
     overrides: tuple[str, ...] = ()
     template: str = ""
     """The chat template of its tokenizer."""
+    first: str = ""
+    """The config whose adapter it goes on from."""
+    steps: int = STEPS
 
     @property
     def path(self) -> Path:
         return CONFIGS / f"{self.file}.yaml"
 
 
+BERT = {**MODELS["bert"], "max_position_embeddings": 512}
 DIALOGUES = {"dialogue": "text", "summary": "summary"}
+REVIEWS = {"text": "text", "label": "label"}
 ON_A_CPU = ("optimizer.name=adamw_8bit",)  # pages are for GPUs
 SHIPPED = [
     Shipped("flan-t5-large-dialogsum-prefix", "prefix", T5, DIALOGUES),
@@ -55,8 +62,14 @@ SHIPPED = [
         {"instruction": "text", "context": "label", "response": "summary"},
     ),
     Shipped("flan-t5-base-dialogsum-adapter", "adapter", T5, DIALOGUES),
-    Shipped("distilbert-imdb-lora", "lora", DISTILBERT, {"text": "text", "label": "label"}),
-    Shipped("flan-t5-base-dialogsum", "full", T5, DIALOGUES),
+    Shipped("distilbert-imdb-lora", "lora", DISTILBERT, REVIEWS),
+    Shipped("flan-t5-base-dialogsum", "full", T5, {**DIALOGUES, "topic": "label"}),
+    Shipped("distilbert-sentiment-base", "full", DISTILBERT, REVIEWS),
+    Shipped("distilbert-sentiment-lora", "lora", DISTILBERT, REVIEWS),
+    Shipped("distilbert-sentiment-lora-from-imdb", "lora", DISTILBERT, REVIEWS, first="distilbert-imdb-lora"),
+    Shipped("qwen2.5-1.5b-dialogsum-shots", "lora", QWEN2, DIALOGUES, ("evaluation.baseline=true",), steps=0),
+    Shipped("bert-wikiann-ner", "full", BERT, {}, ("task.labels=tags",)),
+    Shipped("bert-squad", "full", BERT, {}),
     Shipped("flan-t5-xxl-dialogsum-qlora", "qlora", T5, DIALOGUES, ON_A_CPU),
     Shipped("flan-t5-xl-cnn-dailymail-qlora", "qlora", T5, {"article": "text", "highlights": "summary"}, ON_A_CPU),
     *(
@@ -75,6 +88,10 @@ def rows_of(shipped: Shipped, seed: int) -> list[dict[str, Any]]:
     """Both labels are there."""
     made = tiny.rows(ROWS, seed)
     made[0]["label"], made[1]["label"] = "pet", "no"
+    kind = load_config(shipped.path, []).task.kind
+    if kind in tiny.MADE:
+        made[0]["text"] = "the cat runs"
+        return tiny.MADE[kind](made)
     if shipped.fields:
         return [{field: row[key] for field, key in shipped.fields.items()} for row in made]
     turns = [(row["text"], row["summary"]) for row in made]
@@ -85,39 +102,51 @@ def rows_of(shipped: Shipped, seed: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("shipped", SHIPPED, ids=lambda shipped: shipped.file)
-def test_a_shipped_config_runs_small(
-    shipped: Shipped, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_shipped_config_runs_small(shipped: Shipped, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seed = random.SystemRandom().randrange(2**31)
     monkeypatch.setenv("SHARDTUNE_CACHE", str(tmp_path / "cache"))
     model = plain.make_model(tmp_path / "model", shipped.model, seed, vocabulary=704)
-    if shipped.template:
-        make_tokenizer(TEMPLATES[shipped.template]).save_pretrained(model)
-    data = tiny.write_rows(tmp_path / "rows.jsonl", rows_of(shipped, seed))
+    if shipped.first:
+        (first,) = (each for each in SHIPPED if each.file == shipped.first)
+        before = run_small(first, tmp_path, model, seed)
+        shipped = shipped._replace(overrides=(*shipped.overrides, f"tuning.from={before / 'final'}"))
     config = load_config(shipped.path, [])
     assert config.tuning.method == shipped.method
-    overrides = [
-        f"runs={tmp_path}", f"model.path={model}", f"data.train={data}", f"data.validation={data}", "data.test=null",
-        f"batch.examples={ROWS}", "duration.epochs=null", f"duration.steps={STEPS}", "tracking.every=1",
-        "evaluation.examples=2", "evaluation.max_new_tokens=4", "evaluation.baseline=false", *shipped.overrides,
-    ]  # fmt: skip
-    try:
-        code = train_as_rank(["--config", str(shipped.path), *overrides])
-    finally:
-        if distributed.is_initialized():  # of a run that failed
-            distributed.destroy_process_group()
-    shown = capsys.readouterr()
-    assert code == 0, f"seed {seed}\n{shown.err}"
-    run = tmp_path / config.name
+    run = run_small(shipped, tmp_path, model, seed)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "grad_norm" in line]
-    assert [line["step"] for line in steps] == [1, 2, 3]
+    assert [line["step"] for line in steps] == list(range(1, shipped.steps + 1))
     assert all(math.isfinite(line["loss"]) and 0 < line["grad_norm"] < math.inf for line in steps), f"seed {seed}"
     assert any(name in lines[-1] for name in config.evaluation.metrics or ()) or "rouge1" in lines[-1], lines[-1]
-    assert len(plain.read_rows(run / "predictions" / f"step-{STEPS}-validation.jsonl")) == 2
+    assert len(plain.read_rows(run / "predictions" / f"step-{shipped.steps}-validation.jsonl")) == 2
+    if not shipped.steps:
+        judged = {line.get("of") for line in lines}
+        assert {"shots-1", "shots-3"} <= judged, "the prompt's examples are what it is about"
+        return
     (result,) = (run / "final").glob("*model.safetensors")  # the network behind virtual tokens lies beside it
     with safe_open(result, "pt") as tensors:
         assert any(bool(tensors.get_tensor(name).any()) for name in tensors.keys()), f"seed {seed}"  # noqa: SIM118
+
+
+def run_small(shipped: Shipped, folder: Path, model: Path, seed: int) -> Path:
+    """Its run's folder."""
+    if shipped.template:
+        make_tokenizer(TEMPLATES[shipped.template]).save_pretrained(model)
+    data = tiny.write_rows(folder / f"{shipped.file}.jsonl", rows_of(shipped, seed))
+    overrides = [
+        f"runs={folder}", f"model.path={model}", f"data.train={data}", f"data.validation={data}", "data.test=null",
+        f"batch.examples={ROWS}", "duration.epochs=null", f"duration.steps={shipped.steps}", "tracking.every=1",
+        "evaluation.examples=2", "evaluation.max_new_tokens=4", "evaluation.baseline=false", *shipped.overrides,
+    ]  # fmt: skip
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            code = train_as_rank(["--config", str(shipped.path), *overrides])
+    finally:
+        if distributed.is_initialized():  # of a run that failed
+            distributed.destroy_process_group()
+    assert code == 0, f"seed {seed}\n{said.getvalue()}"
+    return folder / load_config(shipped.path, []).name
 
 
 def test_every_method_asked_for_has_a_config() -> None:
@@ -126,3 +155,4 @@ def test_every_method_asked_for_has_a_config() -> None:
     assert (
         wanted | {("lora", "classification"), ("full", "seq2seq"), ("qlora", "causal"), ("qlora", "seq2seq")} <= shipped
     )
+    assert {("full", "classification"), ("full", "token_classification"), ("full", "question_answering")} <= shipped

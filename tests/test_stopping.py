@@ -322,7 +322,8 @@ def test_an_evaluation_is_left_out(last: bool, tmp_path: Path) -> None:
     assert stopped.checkpoints == ["step-00000002"]
     assert stopped.said.count("validation at step 2 left out: the run was told to stop\n") == 1
     assert not (stopped.run / "final").exists()
-    assert not (stopped.run / "predictions").exists()
+    assert not list(stopped.run.glob("predictions/*.jsonl*"))
+    assert not list(stopped.run.glob("statistics/*"))
     if last:
         again = run([*stopped.words, "evaluation.max_new_tokens=2"], tmp_path / "cache")
         assert again.code == 0, again.said

@@ -12,6 +12,9 @@ from shardtune.tracking.metrics_file import MetricsFile
 from shardtune.tracking.tracker import Histogram, Tracker
 from shardtune.world import World
 
+OWN = (None, "best")
+"""What is judged that is a result of the run: the model at a step, and the best one."""
+
 
 class Records:
     """Writes on the first rank and is silent on the others."""
@@ -69,6 +72,9 @@ class Records:
             tracker.histograms(step, values)
 
     def _remember(self, scores: Mapping[str, Any], judged: Mapping[str, Any]) -> None:
+        """The run's own scores: what it is compared with is the same in each run."""
+        if judged.get("of") not in OWN:
+            return
         prefix = _prefix(judged)
         self._final |= {f"{prefix}/{name}": value for name, value in scores.items() if value is not None}
 

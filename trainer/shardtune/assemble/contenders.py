@@ -25,8 +25,9 @@ from shardtune.task.multitask import of_one
 from shardtune.tuning_config import VirtualTokensSection
 from shardtune.world import World
 
-SENTENCE = re.compile(r"[^.!?。！？\n]*(?:[.!?]+(?=\s|$)|[。！？]+|[.!?]+|\n|$)[\"'”’)\]]*")
-"""Up to a full stop before white space, or the end of a line."""
+BETWEEN = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"'”’)\]])\s+|(?<=[。！？])\s*|\n+")
+"""What is between two sentences: white space after a full stop, which may have a quotation mark or a bracket behind it,
+or a new line."""
 COUNTED = 1000
 """Training references whose sentences are counted."""
 LEAD = 3
@@ -127,7 +128,7 @@ def _sentences_in_references(prepared: Prepared) -> int:
 
 def sentences(text: str) -> list[str]:
     """The text's sentences, without what is between them."""
-    return [found for match in SENTENCE.finditer(text) if (found := match.group().strip())]
+    return [found for part in BETWEEN.split(text) if (found := part.strip())]
 
 
 def lead(text: str, count: int) -> str:

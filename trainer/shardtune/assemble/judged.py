@@ -113,9 +113,7 @@ def take_best(
             reasons = [f"{path}: is not there any more"]
         if not reasons:
             take(open_checkpoint(path), strategy, shapes)
-            say(
-                f"step {step:,} is the best by {best.score} of validation: {folder / 'final'} gets its weights"
-            )
+            say(f"step {step:,} is the best by {best.score} of validation: {folder / 'final'} gets its weights")
             return step
         say(
             f"warning: step {step:,} is the best by {best.score}, but the next best is taken:\n  "

@@ -56,7 +56,7 @@ def prepare(config: Config, world: World, corpus: Corpus | None, result: Path | 
     trust = config.model.trust_remote_code
     architecture = load_architecture(config.model.path, config.task.head, trust)
     if config.model.dropout is not None:
-        set_dropout(architecture, config.model.dropout)
+        set_dropout(architecture, config.model.dropout, config.task.head)
     given = config.model.tokenizer
     newly_trained = given is not None and given.startswith("train:")
     side = config.task.truncation_side

@@ -143,7 +143,7 @@ def keep_layers(config: PreTrainedConfig, layers: list[int]) -> None:
         setattr(config, name, len(layers))
 
 
-def set_dropout(config: PreTrainedConfig, rate: float) -> None:
+def set_dropout(config: PreTrainedConfig, rate: float, head: str | None = None) -> None:
     """Sets every rate of dropout that the architecture has, those of its parts too.
 
     Whole layers are left out by other rates, which a 0 sets to 0 and others leave as they are.
@@ -155,6 +155,8 @@ def set_dropout(config: PreTrainedConfig, rate: float) -> None:
         is_rate = "drop" in name and isinstance(value, int | float) and not isinstance(value, bool)
         if is_rate and (rate == 0 or not ("layerdrop" in name or "drop_path" in name)):
             setattr(config, name, rate)
+    if head == "token_classification":
+        config.classifier_dropout = rate  # of many decoders it is 0.1 where their config does not know it
 
 
 def build_skeleton(
