@@ -250,7 +250,7 @@ def _table(part: dict[str, Any]) -> Table:
     """Scores down, variants across; the difference of tuned and base at the end."""
     variants: dict[str, dict[str, Any]] = part["variants"]
     base, tuned, tests = part.get("base"), part.get("tuned"), part.get("tests", {})
-    last = [name for name in (base, tuned) if name in variants]
+    last = [name for name in (base, tuned) if isinstance(name, str) and name in variants]
     names = _shown_variants(part)
     if len(last) == 2:
         names = [*last[:1], *(name for name in names if name not in last), *last[1:]]
