@@ -240,10 +240,10 @@ def _simpler(part: dict[str, Any], score: str, lower: bool, tuned: float) -> lis
 def _shown_variants(part: dict[str, Any]) -> list[str]:
     """All but the steps on the way, which the curves show: of steps the base, the tuned one and the last one."""
     steps = {name: int(rest) for name in part["variants"] if (rest := name.removeprefix("step-")).isdecimal()}
-    last = max(steps, key=lambda name: steps[name], default=None)
-    return [
-        name for name in part["variants"] if name not in steps or name in (part.get("base"), part.get("tuned"), last)
-    ]
+    last = max(steps, key=lambda name: steps[name], default="")
+    kept = {part.get("base"), part.get("tuned"), last}
+    variants: dict[str, Any] = part["variants"]
+    return [name for name in variants if name not in steps or name in kept]
 
 
 def _table(part: dict[str, Any]) -> Table:
