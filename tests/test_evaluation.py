@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -234,4 +233,4 @@ def test_statistics_files_need_no_pickle_and_stand_alone(done: Path) -> None:
     assert all(path.suffix == ".npy" for path in files)
     assert not list((done / "runs").glob("*/*/*.part"))
     for path in (done / "runs").glob("*/predictions/*"):
-        assert all(json.loads(line).keys() == {"source", "reference", "prediction"} for line in path.open())
+        assert all(row.keys() == {"source", "reference", "prediction"} for row in plain.read_rows(path))
