@@ -21,6 +21,7 @@ from layouts import ARCHITECTURES
 from shardtune.evaluation import SPEEDS
 from shardtune.evaluation.evaluator import in_batches
 
+pytestmark = pytest.mark.timeout(1200)
 ALL = "SHARDTUNE_TEST_ALL" in os.environ
 EXAMPLES = 301 if ALL else 41
 AT_ONCE = 4

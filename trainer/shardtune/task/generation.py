@@ -109,7 +109,7 @@ class Drawn(LogitsProcessor):
         if how.top_p is not None and how.top_p < 1.0:
             self._warpers.append(TopPLogitsWarper(how.top_p))
 
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
         """Scores [b, v] to scores [b, v]; a token that was ruled out has -inf, before and after."""
         place, warped = input_ids.shape[1] - self._begun, scores
         for warper in self._warpers:
