@@ -172,7 +172,8 @@ def test_an_adapter_is_away_for_a_while_only(kind: str) -> None:
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     adapted = model(ids, use_cache=kind == "prefix").logits
     assert not torch.equal(adapted, wanted)
-    with without_adapter(model) as bare, torch.no_grad():
+    with without_adapter(model) as found, torch.no_grad():
+        bare: Any = found
         assert torch.equal(bare(input_ids=ids).logits, wanted)
         assert bare.generate(input_ids=ids, max_new_tokens=2, do_sample=False).shape == (1, 5)
     assert torch.equal(model(ids, use_cache=kind == "prefix").logits, adapted)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from layouts import ARCHITECTURES
 from shardtune.evaluation import SPEEDS
 from shardtune.evaluation.evaluator import in_batches
 
+pytestmark = pytest.mark.timeout(1200)
 ALL = "SHARDTUNE_TEST_ALL" in os.environ
 EXAMPLES = 301 if ALL else 41
 AT_ONCE = 4
@@ -234,4 +234,4 @@ def test_statistics_files_need_no_pickle_and_stand_alone(done: Path) -> None:
     assert all(path.suffix == ".npy" for path in files)
     assert not list((done / "runs").glob("*/*/*.part"))
     for path in (done / "runs").glob("*/predictions/*"):
-        assert all(json.loads(line).keys() == {"source", "reference", "prediction"} for line in path.open())
+        assert all(row.keys() == {"source", "reference", "prediction"} for row in plain.read_rows(path))

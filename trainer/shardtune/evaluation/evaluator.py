@@ -61,7 +61,7 @@ class Evaluator:
         task, gathered = way.task or self.task, _Gathered(self, name, split, way.task or self.task)
         batches = in_batches(split.table.lengths[: split.examples], self._batch_examples)
         ranks = self._world.size
-        begun = time.perf_counter()
+        stopping, begun = 0.0, time.perf_counter()
         with self._strategy.evaluating() as whole, way.within(whole) as model:
             how = self._how._replace(in_step=self._strategy.in_step, stop=[*self._how.stop, *way.stop])
             for start in range(0, len(batches), ranks):

@@ -109,13 +109,13 @@ class Drawn(LogitsProcessor):
         if how.top_p is not None and how.top_p < 1.0:
             self._warpers.append(TopPLogitsWarper(how.top_p))
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
         """Scores [b, v] to scores [b, v]; a token that was ruled out has -inf, before and after."""
         place, warped = input_ids.shape[1] - self._begun, scores
         for warper in self._warpers:
             warped = warper(input_ids, warped)
         noise = np.stack([self._noise(number, place, scores.shape[1]) for number in self._numbers])
-        return warped + torch.from_numpy(noise).to(scores.device)  # pyright: ignore[reportReturnType]
+        return warped + torch.from_numpy(noise).to(scores.device)
 
     def _noise(self, number: int, place: int, size: int) -> np.ndarray:
         # A counter-based generator: any number of streams side by side, each by its key.
@@ -136,7 +136,7 @@ class Stopped(StoppingCriteria):
         # A character may take several tokens, four if they are bytes; some tokens write nothing.
         self._tail = 4 * max(map(len, stop)) + 8
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
         """Token ids [b, s] to [b]."""
         rows = input_ids[:, self._begun :].tolist()
         done = [self._stops(row[-self._tail :]) and self._stops(row) for row in rows]
