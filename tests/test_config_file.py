@@ -182,7 +182,7 @@ def test_overrides(file: File) -> None:
 
 def test_an_override_with_a_colon_is_quoted(file: File) -> None:
     """As in the file itself: what YAML would read as a mapping needs quotes."""
-    assert file.read(BASE, "task.prompt='S: {s}'", "task.source=null").task.prompt == "S: {s}"
+    assert file.read(BASE, "task.prompt='S: {s}'", "task.source=null").task.model_dump()["prompt"] == "S: {s}"
 
 
 def test_overrides_make_sections(file: File) -> None:

@@ -218,7 +218,8 @@ def test_results_load_in_transformers_and_have_the_loss_that_was_logged(folder: 
 @pytest.mark.parametrize("method", ["bert-full", "llama-lora"])
 def test_commands(folder: Path, tmp_path: Path, kind: str, method: str, capsys: pytest.CaptureFixture[str]) -> None:
     """`evaluate` finds what the run found, `generate` answers rows without labels, `export` gives the same model."""
-    case = Case(kind, *method.split("-"), "single")
+    model_name, _, tuning = method.partition("-")
+    case = Case(kind, model_name, tuning, "single")
     config, run = folder / "configs" / case.name / "config.yaml", folder / "runs" / case.name
     logged = lines_of(folder, case)[-1]["loss"]
     assert main(["evaluate", "--config", str(config), "--split", "validation"]) == 0

@@ -125,7 +125,7 @@ def test_labels_that_are_known_come_back_as_they_were(name: str) -> None:
         else:
             cut_off = next((n for n, (a, b) in enumerate(read) if a != b), len(read))
             assert all(a == "O" for a, _ in read[cut_off:])
-    assert task.references(text) == [json.dumps(row["tags"])]
+        assert task.references(text) == [json.dumps(row["tags"])]
 
 
 # ------------------------------------------------------------------------------------------------ losses

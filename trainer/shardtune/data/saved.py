@@ -88,7 +88,9 @@ def _rows(dataset: Dataset | IterableDataset, where: str) -> Iterator[Row]:
         named = _named(dataset.features)
         for fields in dataset.with_format(None):
             number += 1
-            yield Row(f"{where}:row {number}", {**fields, **{key: _name(fields[key], named[key]) for key in named}})
+            row: dict[str, Any] = dict(fields)
+            row |= {key: _name(row[key], names) for key, names in named.items()}
+            yield Row(f"{where}:row {number}", row)
     except Exception as error:  # a column of images or sounds is decoded here, by whatever library that needs
         raise DataError(f"{where}: cannot be read after row {number}: {_reason(error)}") from error
     if number == 0:
