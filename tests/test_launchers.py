@@ -293,6 +293,8 @@ def test_evaluate(model: str, results: dict[str, Run], shardtune: Shardtune) -> 
     shown = {words[1]: float(words[2]) for line in out.splitlines() if (words := line.split())[:1] == [split]}
     expected = next(line for line in lines(done.folder) if line.get("split") == split)
     assert shown == {key: pytest.approx(expected[key], abs=1e-4) for key in ("loss", *METRICS[model])}
+    for _, key, _, low, _, high in (words for line in out.splitlines() if (words := line.split())[:1] == [split]):
+        assert float(low) <= shown[key] <= float(high), "the interval is around it"
     assert (done.folder / "predictions" / f"final-{split}.jsonl").exists()
 
 

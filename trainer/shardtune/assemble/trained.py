@@ -13,13 +13,16 @@ import torch
 from transformers import PreTrainedModel
 
 from shardtune.assemble.evaluators import how_to_write, make_evaluator
+from shardtune.assemble.judged import STATISTICS
 from shardtune.assemble.loading import load_result
-from shardtune.assemble.parts import DTYPES, of_tasks, saved_labels
+from shardtune.assemble.parts import DTYPES, metric_names, of_tasks, saved_labels
 from shardtune.assemble.prepared import evaluated_splits, prepare
 from shardtune.assemble.quiet import quiet_libraries
+from shardtune.comparing import compare
 from shardtune.config import Config
 from shardtune.data.corpus import Corpus
 from shardtune.errors import ConfigError
+from shardtune.metrics import Scorer
 from shardtune.model.skeleton import load_architecture
 from shardtune.model.tokenizer import load_tokenizer
 from shardtune.protocols import Text, Tokens
@@ -56,9 +59,16 @@ def evaluate(config: Config, corpus: Corpus, folder: Path, split_name: str, labe
         judged = evaluator.run(label, found[0], lambda examples: None)
         assert judged is not None  # nobody told it to stop
     world.close()
-    rows = [[split_name, key, f"{value:.4f}"] for key, value in judged.scores.items()]
+    statistics = np.load(Path(config.runs) / config.name / STATISTICS / f"{label}-{split_name}.npy")
+    scorer = Scorer(metric_names(config), prepared.labels)
+    scores = compare(scorer, {label: statistics}, label, seed=config.seed)["variants"][label]
+    rows = [
+        [split_name, key, f"{value['value']:.4f}", f"{value['low']:.4f} to {value['high']:.4f}"]
+        for key, value in scores.items()
+    ]
     count = found[0].examples
-    return f"{count:,} example{'s' * (count != 1)} of {split_name}\n{table(rows, ['split', 'metric', 'value'])}"
+    shown = table(rows, ["split", "metric", "value", "95 % interval"])
+    return f"{count:,} example{'s' * (count != 1)} of {split_name}\n{shown}"
 
 
 def _check_fits(config: Config, folder: Path) -> None:
