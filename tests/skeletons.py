@@ -95,3 +95,16 @@ def logits(model: PreTrainedModel) -> Tensor:
     inputs = {"decoder_input_ids": ids[:, :4]} if model.config.is_encoder_decoder else {}
     with torch.no_grad():
         return model.eval()(input_ids=ids, **inputs, use_cache=False).logits
+
+
+def drawn_model(folder: Path, name: str, head: str, pad_token_id: int, labels: int = 2) -> Any:
+    """A model of transformers in eval mode, with weights that are far enough apart to tell its outputs apart."""
+    config = AutoConfig.from_pretrained(architecture(folder, name))
+    config.num_labels, config.pad_token_id = labels, pad_token_id
+    set_seed(0)
+    model = CLASSES[head].from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.3)
+    return model.eval()

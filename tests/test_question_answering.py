@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, set_seed
 
 from shardtune.cli import main
 from shardtune.data.fields import texts
@@ -19,7 +18,7 @@ from shardtune.data.sources import Row
 from shardtune.errors import ConfigError, DataError
 from shardtune.protocols import Generation, Text, Tokens
 from shardtune.task.question_answering import Config, QuestionAnswering
-from skeletons import CLASSES, architecture
+from skeletons import drawn_model
 from small_tokenizers import byte_level, sentencepiece, wordpiece
 from tiny import TASKS as TINY
 from tiny import WORDS, questions, tiny_config
@@ -114,23 +113,11 @@ def test_a_question_gives_way_to_its_context() -> None:
 # ------------------------------------------------------------------------------------------------ losses
 
 
-def model_of(folder: Path, name: str, tokenizer: Any) -> Any:
-    config = AutoConfig.from_pretrained(architecture(folder, name))
-    config.pad_token_id = tokenizer.pad_token_id
-    set_seed(0)
-    model = CLASSES["question_answering"].from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.3)
-    return model.eval()
-
-
 @pytest.mark.parametrize("name", ["bert", "distilbert", "roberta", "llama", "gpt2", "qwen3"])
 def test_loss_is_that_of_transformers(tmp_path: Path, name: str) -> None:
     """Of each row alone, as transformers counts padding among the places where an answer may be; averaged there."""
     tokenizer = wordpiece() if name in ("bert", "distilbert") else byte_level()
-    model = model_of(tmp_path, name, tokenizer)
+    model = drawn_model(tmp_path, name, "question_answering", tokenizer.pad_token_id)
     limit = 20 if name in ("bert", "distilbert") else 60
     task = QuestionAnswering(tokenizer, limit, tells_apart=name == "bert")
     rng = random.Random(4)
@@ -175,7 +162,7 @@ def test_loss_is_that_of_transformers(tmp_path: Path, name: str) -> None:
 def test_the_best_answer_is_predicted(tmp_path: Path, name: str) -> None:
     """Of all pairs of places in the context, tried one by one; or none, where the first token's logits say so."""
     tokenizer = wordpiece() if name == "bert" else byte_level()
-    model = model_of(tmp_path, name, tokenizer)
+    model = drawn_model(tmp_path, name, "question_answering", tokenizer.pad_token_id)
     task = QuestionAnswering(tokenizer, 40, tells_apart=name == "bert")
     some = [text_of(row)._replace(target="") for row in questions(tiny_rows(16, seed=6))]
     examples = as_tokens(task.encode(some))
@@ -196,7 +183,7 @@ def test_the_best_answer_is_predicted(tmp_path: Path, name: str) -> None:
 
 def test_none_is_predicted_where_the_context_does_not_say_it(tmp_path: Path) -> None:
     tokenizer = wordpiece()
-    model = model_of(tmp_path, "bert", tokenizer)
+    model = drawn_model(tmp_path, "bert", "question_answering", tokenizer.pad_token_id)
     task = QuestionAnswering(tokenizer, 40)
     row = {"question": "cat", "context": "dog", "answers": {"text": [], "answer_start": []}}
     text = text_of(row)

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
-from transformers import AutoConfig, set_seed
 
 from shardtune.cli import main
 from shardtune.data.fields import texts
@@ -20,7 +19,7 @@ from shardtune.data.sources import Row, rows
 from shardtune.errors import DataError
 from shardtune.protocols import IGNORED, Generation, Text, Tokens
 from shardtune.task.token_classification import Config, TokenClassification
-from skeletons import CLASSES, architecture
+from skeletons import drawn_model
 from small_tokenizers import byte_level, sentencepiece, wordpiece
 from tiny import TASKS as TINY
 from tiny import WORDS, tagged, tiny_config
@@ -131,23 +130,11 @@ def test_labels_that_are_known_come_back_as_they_were(name: str) -> None:
 # ------------------------------------------------------------------------------------------------ losses
 
 
-def model_of(folder: Path, name: str, tokenizer: Any) -> Any:
-    config = AutoConfig.from_pretrained(architecture(folder, name))
-    config.num_labels, config.pad_token_id = len(LABELS), tokenizer.pad_token_id
-    set_seed(0)
-    model = CLASSES["token_classification"].from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.3)
-    return model.eval()
-
-
 @pytest.mark.parametrize("name", ["bert", "distilbert", "roberta", "llama", "gpt2", "qwen3"])
 def test_loss_is_that_of_transformers(tmp_path: Path, name: str) -> None:
     """Of a padded batch; summed here, averaged there; and each prediction is that of its text alone."""
     tokenizer = wordpiece() if name in ("bert", "distilbert") else byte_level()
-    model = model_of(tmp_path, name, tokenizer)
+    model = drawn_model(tmp_path, name, "token_classification", tokenizer.pad_token_id, len(LABELS))
     task = TokenClassification(tokenizer, 30, LABELS)
     examples = as_tokens(task.encode([text_of(row) for row in tagged(tiny_rows(7, seed=4))]))
     batch = task.collate(examples)

@@ -80,12 +80,11 @@ class Line:
 
 
 @dataclass
-class Chart:
-    """All that the template needs."""
+class Frame:
+    """The axes of a picture, and what is said of it."""
 
     identifier: str
     title: str
-    unit: str
     description: str
     x_title: str
     width: float
@@ -96,6 +95,13 @@ class Chart:
     bottom: float
     x_ticks: list[Tick]
     y_ticks: list[Tick]
+
+
+@dataclass
+class Chart(Frame):
+    """Curves: all that the template needs."""
+
+    unit: str
     lines: list[Line] = field(default_factory=list)
     levels: list[float] = field(default_factory=list)
     """The heights of dotted horizontal lines."""
@@ -278,21 +284,9 @@ class Bar(NamedTuple):
 
 
 @dataclass
-class Histogram:
+class Histogram(Frame):
     """Bars that stand side by side."""
 
-    identifier: str
-    title: str
-    description: str
-    x_title: str
-    width: float
-    height: float
-    left: float
-    right: float
-    top: float
-    bottom: float
-    x_ticks: list[Tick]
-    y_ticks: list[Tick]
     bars: list[Bar]
 
 
