@@ -76,18 +76,20 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: setup
 	PATH="$(BIN):$$PATH" $(BIN)/deepspeed --num_gpus $(RANKS) launch/train.py --config configs/quickstart.yaml
 
-# The ops' tests, as plain torch and interpreted, run beside all others; what they said comes last. A part may have
-# nothing of what PYTEST_ARGS chooses, pytest's exit code 5, but not every part.
+# The tests that start no ranks, and those of the ops, as plain torch and interpreted, run beside the others; what they
+# said comes last. A part may have nothing of what PYTEST_ARGS chooses, pytest's exit code 5, but not every part.
 test: setup
 	@export PATH="$(BIN):$$PATH"; said=$$(mktemp); trap 'rm -f "$$said"' EXIT; \
-	part() { $(BIN)/python -m pytest "$$@" $(PYTEST_ARGS) && part=0 || part=$$?; }; \
-	( part tests/ops; plain=$$part; TRITON_INTERPRET=1 part tests/ops; \
-	[ $$plain -ne 0 ] && [ $$plain -ne 5 ] && exit $$plain || exit $$part ) > "$$said" 2>&1 & ops=$$!; \
-	part tests --ignore=tests/ops; \
-	wait $$ops && ops=0 || ops=$$?; \
-	echo "test: the ops, as plain torch and interpreted"; cat "$$said"; \
-	for code in $$part $$ops; do if [ $$code -ne 0 ] && [ $$code -ne 5 ]; then exit $$code; fi; done; \
-	[ $$part -eq 0 ] || exit $$ops
+	part() { $(BIN)/python -m pytest "$$@" $(PYTEST_ARGS) && code=0 || code=$$?; codes="$${codes:-} $$code"; }; \
+	verdict() { ran=5; for code in $$codes; do \
+		if [ $$code -ne 0 ] && [ $$code -ne 5 ]; then return $$code; elif [ $$code -eq 0 ]; then ran=0; fi; \
+	done; return $$ran; }; \
+	( part tests/ops; TRITON_INTERPRET=1 part tests/ops; part tests --ignore=tests/ops -m "not ranks"; verdict ) \
+		> "$$said" 2>&1 & beside=$$!; \
+	part tests --ignore=tests/ops -m ranks; \
+	wait $$beside && codes="$$codes 0" || codes="$$codes $$?"; \
+	echo "test: the ops, as plain torch and interpreted, and what starts no ranks"; cat "$$said"; \
+	verdict
 
 # What each kernel takes on each GPU, for the table that a test compares with; RESOURCES_ARGS: parts of names.
 resources: setup
