@@ -246,6 +246,8 @@ def test_ranks_train_the_same(runs: Runs, name: str, kind: str) -> None:
     assert ours.keys() == alone.keys()
     for key, tensor in ours.items():
         assert (tensor - alone[key]).abs().max() <= 1e-4 * max(1e-2, alone[key].abs().max()), (runs.seed, key)
+    judged, right = (run_many.metrics(runs.run(run))[1] for run in (f"{name}-{kind}", name))
+    assert [line["loss"] for line in judged] == pytest.approx([line["loss"] for line in right], rel=1e-5), runs.seed
 
 
 def test_they_are_trained_further(runs: Runs) -> None:

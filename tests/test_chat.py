@@ -383,6 +383,25 @@ def test_whole_turns_are_kept(name: str, tagged: bool) -> None:
     assert min(squeezed[True], squeezed[False]) > 3, "both ways were taken"
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_the_reference_is_the_turn_that_is_predicted(side: str) -> None:
+    tokenizer = tokenizer_with("chatml")
+    tokenizer.truncation_side = side
+    turns = [{"role": role, "content": f"{role} {n}"} for n in range(4) for role in ("user", "assistant")]
+    example = Text("here", *to_text(Conversation(turns, [])))
+    whole = len(joined(Chat(tokenizer, 10_000).encode([example])[0]))
+    found = set()
+    for limit in range(whole, 8, -4):
+        chat = Chat(tokenizer, limit)
+        target = np.array(chat.encode([example])[0].target)
+        last = np.flatnonzero(target < 0)
+        written = tokenizer.decode(target[last[-1] + 1 if len(last) else 0 :], skip_special_tokens=True).strip()
+        (reference,) = chat.references(example)
+        assert reference.startswith(written), limit  # of a single exchange the end may be cut
+        found.add(reference)
+    assert found == ({f"assistant {n}" for n in range(4)} if side == "right" else {"assistant 3"})
+
+
 def test_questions_lose_their_oldest_turns() -> None:
     tokenizer = tokenizer_with("chatml")
     turns = [{"role": "system", "content": "S"}, user("a " * 30), assistant("b"), user("c"), assistant("d"), user("e")]

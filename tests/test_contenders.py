@@ -13,14 +13,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import plain
 import run_many
 import tiny
+from chats import make_tokenizer
 from layouts import ARCHITECTURES
 from shardtune.assemble.contenders import lead, sentences, without_adapter
 from shardtune.assemble.data import read_texts
-from shardtune.assemble.shots import _drawn, _earlier_turns, _learned_at_the_end
+from shardtune.assemble.shots import _drawn, _earlier_turns, _learned_at_the_end, _tried
 from shardtune.config_file import load_config
 from shardtune.conversations import Conversation, from_text, to_text
 from shardtune.protocols import Encoded, Text
 from shardtune.task.causal import Causal
+from shardtune.task.chat import Chat
+from shardtune.task.chat_template import set_template
 
 SEED = 73
 JUDGED = 7
@@ -152,6 +155,20 @@ def test_turns_of_examples_stand_after_the_system_message() -> None:
     turns = from_text(found.source, found.target).turns
     assert [turn["content"] for turn in turns] == ["s", "a", "b", "a", "b", "q", "r"]
     assert _learned_at_the_end(Encoded([1], [2, ~3, 4, 5], False, False), 2).target == [~2, ~3, 4, 5]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_conversation_keeps_its_last_turn_where_examples_are_too_many(side: str) -> None:
+    tokenizer = make_tokenizer()
+    set_template(tokenizer, "chatml")
+    tokenizer.truncation_side = side
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]
+    text = Text("", *to_text(Conversation(turns, [])))
+    prompted = _earlier_turns(text, [text, text])
+    (whole,) = Chat(tokenizer, 1000).encode([prompted])
+    length = len(whole.source) + len(whole.target)
+    assert _tried(Chat(tokenizer, length), prompted, chat=True) == whole
+    assert _tried(Chat(tokenizer, length - 1), prompted, chat=True) is None
 
 
 @pytest.mark.parametrize("kind", ["lora", "prefix", "ia3"])

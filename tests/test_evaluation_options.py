@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
+import tiny
+from shardtune.assemble.positions import check_positions
 from shardtune.config_file import load_config
 from shardtune.errors import ConfigError
 
@@ -72,3 +75,29 @@ def test_taken(tmp_path: Path, evaluation: str) -> None:
 @pytest.mark.parametrize("task", [CLASSES, WHOLE])
 def test_defaults_fit_every_task(tmp_path: Path, task: str) -> None:
     assert faults(tmp_path, task, "max_new_tokens: 5, shots: [0]") == ""
+
+
+@pytest.mark.parametrize(
+    ("model", "new", "tuning", "room"),
+    [
+        ("gpt2", 80, {"method": "full"}, None),
+        ("gpt2", 81, {"method": "full"}, "behind the 48 tokens .* the 128 positions of .*gpt2; use at most 80"),
+        ("gpt2", 80, {"method": "prompt", "virtual_tokens": 1}, "behind the 49 tokens .*; use at most 79"),
+        ("bart", 128, {"method": "full"}, None),
+        ("bart", 129, {"method": "prompt", "virtual_tokens": 9}, "129 are more than .*at most 128"),
+        ("bart", 120, {"method": "prefix", "virtual_tokens": 9}, "behind the 9 tokens .*; use at most 119"),
+        ("llama", 9999, {"method": "full"}, None),  # rotary positions go on
+        ("t5", 9999, {"method": "full"}, None),
+        ("bert", 9999, {"method": "full"}, None),  # writes nothing
+    ],
+)
+def test_there_are_positions_for_what_is_written(
+    tmp_path: Path, model: str, new: int, tuning: dict[str, object], room: str | None
+) -> None:
+    path = tiny.tiny_config(tmp_path, model, evaluation__max_new_tokens=new, tuning=tuning)
+    config, architecture = load_config(path, []), AutoConfig.from_pretrained(tmp_path / model)
+    if room is None:
+        check_positions(config, architecture)
+        return
+    with pytest.raises(ConfigError, match=f"evaluation.max_new_tokens: .*{room}"):
+        check_positions(config, architecture)

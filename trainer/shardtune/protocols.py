@@ -145,7 +145,7 @@ class Generation(NamedTuple):
     seed: int = 0
     """Of what is drawn; with the example's number in its split (`Tokens.number`) it decides the text, whatever the
     batch and the ranks."""
-    count: Callable[[int], None] | None = None
+    counts: Callable[[int], None] | None = None
     """Told how many tokens were written, padding not among them."""
 
 

@@ -20,6 +20,14 @@ def longest_row(config: Config) -> int:
     return max([first, *others])
 
 
+def longest_read(config: Config) -> int:
+    """Of these tokens, those that are there before a text is written behind them: none in the decoder of two stacks,
+    unless a prefix stands there."""
+    one_stack, virtual = len(config.task.rows) == 1, getattr(config.tuning, "virtual_tokens", 0)
+    read = config.task.max_source_tokens if one_stack else 0
+    return read + (virtual if one_stack or isinstance(config.tuning, PrefixConfig) else 0)
+
+
 def micro_batch_rows(config: Config) -> int:
     """Tokens that a rank computes on at once, or some more."""
     batch = config.batch
@@ -40,7 +48,7 @@ def known_positions(architecture: PreTrainedConfig) -> int | None:
 def check_positions(config: Config, architecture: PreTrainedConfig) -> None:
     """Models with a learned vector for each position have only so many; relative and rotary ones go on.
 
-    Raises ConfigError where the token limits go beyond.
+    Raises ConfigError where the token limits go beyond, or a text that is written can.
     """
     known, positions = architecture.to_dict(), known_positions(architecture)
     unbounded = known.get("relative_attention_num_buckets") or known.get("rope_parameters") or known.get("rope_theta")
@@ -53,4 +61,12 @@ def check_positions(config: Config, architecture: PreTrainedConfig) -> None:
         keys = "task.max_source_tokens and task.max_target_tokens together" if together else "task.max_source_tokens"
         raise ConfigError(
             f"{keys}: {longest} tokens{counted} are more than the {positions} positions of {config.model.path}"
+        )
+    read, new = longest_read(config), config.evaluation.max_new_tokens
+    if config.task.writes_texts and read + new > positions:
+        behind = f" behind the {read} tokens that may stand before them" if read else ""
+        room = positions - read
+        raise ConfigError(
+            f"evaluation.max_new_tokens: {new}{behind} are more than the {positions} positions of {config.model.path}; "
+            + (f"use at most {room}" if room > 0 else "make task.max_source_tokens smaller")
         )

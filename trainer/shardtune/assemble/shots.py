@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from shardtune.data.tables import TokenTable, cache_folder, fingerprint, open_ta
 from shardtune.errors import DataError
 from shardtune.evaluation import Split
 from shardtune.protocols import Encoded, Task, Text
+from shardtune.task.chat import Chat
 from shardtune.task.multitask import of_one
 from shardtune.task.section import Parts
 from shardtune.world import World
@@ -107,8 +108,10 @@ def _encoded(
     prompted: Prompted = _earlier_turns if chat else _continued if config.task.head == "causal" else _written_out
     for position, text in enumerate(split.texts[: split.examples]):
         own = split.table[position]
+        if chat:  # what is too long without examples loses the same turns with them
+            text = cast(Chat, of_one(prepared.task)).left_of(text)
         for number in range(len(drawn), 0, -1):
-            encoded = _tried(roomy, prompted(text, drawn[:number]))
+            encoded = _tried(roomy, prompted(text, drawn[:number]), chat)
             if encoded is not None:
                 yield _learned_at_the_end(encoded, of_one(prepared.task).targets(own)) if chat else encoded
                 break
@@ -119,13 +122,14 @@ def _encoded(
             fewer.append(position)
 
 
-def _tried(task: Task, text: Text) -> Encoded | None:
-    """None where it does not fit, or the chat template refuses so many turns."""
+def _tried(task: Task, text: Text, chat: bool) -> Encoded | None:
+    """None where it does not fit, or the chat template refuses so many turns. Of a conversation the last turn, which is
+    judged, is the first to be cut off."""
     try:
         encoded = task.encode([text])[0]
     except DataError:
         return None
-    return None if encoded.source_cut else encoded
+    return None if encoded.source_cut or (chat and encoded.target_cut) else encoded
 
 
 def _limit(config: Config, prepared: Prepared, count: int) -> int:

@@ -122,7 +122,7 @@ class Evaluator:
         batch = task.collate(examples)
         losses = task.losses(model, (batch.blank() if blank else batch).to(self._world.device)).double().tolist()
         written: list[int] = []
-        texts = task.predict(model, examples, how._replace(count=written.append)) if task.scores_texts else []
+        texts = task.predict(model, examples, how._replace(counts=written.append)) if task.scores_texts else []
         return {
             "positions": positions.tolist(),
             "losses": [[loss, task.targets(example)] for loss, example in zip(losses, examples, strict=True)],

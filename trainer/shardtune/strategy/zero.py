@@ -231,13 +231,15 @@ class Zero:
 
     def _gather(self, ends: ExitStack) -> None:
         """Gathers all parameters, one at a time, until `ends`; so long DeepSpeed's hooks, which would split them again
-        after each forward and compare the order of modules among ranks, are away."""
+        after each forward and compare the order of modules among ranks, are away. Others, such as those that put
+        bottleneck adapters behind layers, stay."""
         import deepspeed
 
         for module in self._module.modules():
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                ends.callback(hooks.update, dict(hooks))
-                hooks.clear()
+                before = dict(hooks)
+                ends.callback(_become, hooks, before)
+                _become(hooks, {key: hook for key, hook in before.items() if not _is_of_deepspeed(hook)})
         for parameter in self._module.parameters():
             if not _is_whole(parameter):
                 ends.enter_context(deepspeed.zero.GatheredParameters(parameter))
@@ -398,6 +400,16 @@ def _full_shape(parameter: nn.Parameter) -> torch.Size:
 
 def _is_whole(parameter: nn.Parameter) -> bool:
     return parameter.shape == _full_shape(parameter)
+
+
+def _become(hooks: dict[int, Any], others: dict[int, Any]) -> None:
+    """In their order, which is that of the calls."""
+    hooks.clear()
+    hooks.update(others)
+
+
+def _is_of_deepspeed(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).partition(".")[0] == "deepspeed"
 
 
 def _fragment(parameter: nn.Parameter) -> Any:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from shardtune.conversations import ASSISTANT, Conversation, Turn, from_text
+from shardtune.conversations import ASSISTANT, Conversation, Turn, from_text, to_text
 from shardtune.errors import ConfigError, DataError
 from shardtune.protocols import Batch, Encoded, Generation, Text, Tokens
 from shardtune.ragged import LayOut
@@ -77,7 +77,7 @@ class Chat:
         its last turn predicts an earlier one. Raises DataError where the template cannot write a conversation.
         """
         return [
-            self._example(from_text(text.source, text.target), text.place)
+            self._example(from_text(text.source, text.target), text.place)[1]
             if text.target
             else self._question(from_text(text.source, ""), text.place)
             for text in texts
@@ -110,8 +110,19 @@ class Chat:
         return list(predictions)
 
     def references(self, text: Text) -> list[str]:
-        """The assistant's last turn."""
-        return [text.target]
+        """The assistant's last turn, of those that are left of a conversation that is too long."""
+        return [self.left_of(text).target]
+
+    def left_of(self, text: Text) -> Text:
+        """The turns up to that which is predicted: of a conversation that is too long the last ones may be cut off."""
+        if not text.target or self._tokenizer.truncation_side == "left":
+            return text
+        conversation = from_text(text.source, text.target)
+        turns, _ = self._example(conversation, text.place)
+        if len(turns) == len(conversation.turns):
+            return text
+        source, target = to_text(Conversation(list(turns), conversation.tools))
+        return text._replace(source=source, target=target)
 
     def stop_at_turns_end(self, model: PreTrainedModel) -> None:
         """Others who load the result generate with the model's own settings, and should stop where this task does."""
@@ -121,27 +132,28 @@ class Chat:
 
     # ----------------------------------------------------------------------------------------- to tokens
 
-    def _example(self, conversation: Conversation, place: str) -> Encoded:
+    def _example(self, conversation: Conversation, place: str) -> tuple[Sequence[Turn], Encoded]:
+        """The turns that are left, and their tokens."""
         turns, tools = conversation
         whole = self._write(turns, tools, place)
         if len(whole.ids) <= self._limit:
-            return _encoded(whole, False, False)
+            return turns, _encoded(whole, False, False)
         left = self._tokenizer.truncation_side == "left"
-        best, shortest = None, whole
+        best, shortest, kept = None, whole, turns
         for number, fewer in enumerate(_endings(turns) if left else _beginnings(turns)):
             try:
                 written = self._write(fewer, tools, place)
             except DataError:  # the template wants a turn that is left out
                 continue
             if number == 0:
-                shortest = written
+                shortest, kept = written, fewer
             if len(written.ids) > self._limit:
                 break
-            best = written
+            best, kept = written, fewer
         if best is not None:
-            return _encoded(best, left, not left)
+            return kept, _encoded(best, left, not left)
         dropped = len(shortest.ids) < len(whole.ids)
-        return self._squeezed(shortest, dropped and left, dropped and not left)
+        return kept, self._squeezed(shortest, dropped and left, dropped and not left)
 
     def _question(self, conversation: Conversation, place: str) -> Encoded:
         turns, tools = conversation

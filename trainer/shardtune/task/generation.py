@@ -76,8 +76,8 @@ def generate(
     )
     # An end token that is not a special one would stay in the text.
     rows = [_before(row, more_ends) for row in written[:, begun:].tolist()]
-    if how.count is not None:
-        how.count(sum(token != tokenizer.pad_token_id for row in rows for token in row))
+    if how.counts is not None:
+        how.counts(sum(token != tokenizer.pad_token_id for row in rows for token in row))
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
     return [_cut(text, how.stop).strip() for text in texts]
 
