@@ -102,7 +102,7 @@ def test_readme_lists_the_shipped_configs() -> None:
 
 
 def test_commands_of_the_page_on_reports_are_right() -> None:
-    """Configs are there and take what is overridden; runs that are compared have been trained before, by their names."""
+    """Configs are there and take what is overridden; runs that are compared are those of a config or a command."""
     text = (CONFIGS / "reports.md").read_text(encoding="utf-8").replace("\\\n", " ")
     blocks = "".join(re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
     commands = [shlex.split(line) for line in [*blocks.splitlines(), *re.findall(r"`(shardtune [^`]*)`", text)]]
