@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import re
+import shlex
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,24 @@ def test_readme_lists_the_shipped_configs() -> None:
     text = (CONFIGS / "README.md").read_text(encoding="utf-8")
     listed = re.findall(r"^\| \[(.*?)\]\((.*?)\)", text, re.MULTILINE)
     assert sorted(listed) == sorted((path.name, path.name) for path in SHIPPED)
+
+
+def test_commands_of_the_page_on_reports_are_right() -> None:
+    """Configs are there and take what is overridden; runs that are compared are those of a config or a command."""
+    text = (CONFIGS / "reports.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    blocks = "".join(re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    commands = [shlex.split(line) for line in [*blocks.splitlines(), *re.findall(r"`(shardtune [^`]*)`", text)]]
+    runs, compared = {"quickstart"}, set[str]()
+    for _, command, *words in (words for words in commands if words[0] == "shardtune"):
+        if command in ("train", "evaluate"):
+            path = Path(words[words.index("--config") + 1])
+            overrides = [word for word in words if "=" in word]
+            if path.parts[0] == "runs":
+                path = CONFIGS / f"{path.parts[1]}.yaml"
+            runs.add(load_config(CONFIGS.parent / path, overrides).name)
+        compared |= {word.removeprefix("runs/") for before, word in pairwise(words) if before == "--run"}
+    assert len(runs) > 6
+    assert compared - {"<name>", "…"} <= runs
 
 
 def test_schema_refuses_what_load_config_refuses(json_schema: dict[str, Any]) -> None:
