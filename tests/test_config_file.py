@@ -224,6 +224,12 @@ def test_faults_of_overrides_are_on_the_command_line(file: File) -> None:
     assert file.faults(text, "evaluation={evry: 3}") == [
         "command line evaluation.evry: unknown key; did you mean evaluation.every?"
     ]
+    names = ("metric_for_best_model", "load_best_model_at_end", "early_stopping_patience", "stop_sequences")
+    meant = ("best", "best", "patience", "stop")
+    assert file.faults(text, *(f"evaluation.{name}=x" for name in names)) == [
+        f"command line evaluation.{name}: unknown key; did you mean evaluation.{key}?"
+        for name, key in zip(names, meant, strict=True)
+    ]
     # What the file says stays the file's fault.
     assert file.faults(text + "  eps: 0\n", "optimizer.lr=2") == [
         "FILE:6 optimizer.eps: should be greater than 0, not 0"

@@ -188,11 +188,16 @@ def test_a_random_stream_that_was_not_saved_follows_from_seed_and_step() -> None
 
 def test_a_finished_run_says_so(tiny: Run, capsys: pytest.CaptureFixture[str]) -> None:
     before = (tiny.folder / "metrics.jsonl").read_bytes()
-    for overrides in ([], ["duration.steps=3", "optimizer.lr=1e-4"], [f"checkpoint.resume={tiny.folder}"]):
+    for overrides in (
+        [],
+        ["duration.steps=3", "optimizer.lr=1e-4", "evaluation.best=loss"],
+        [f"checkpoint.resume={tiny.folder}"],
+    ):
         assert tiny.goes_on(*overrides) == 0
         out = capsys.readouterr().out
         assert "this run is finished" in out
         assert ("it was trained with optimizer.lr: 0.001, not 0.0001" in out) == ("optimizer.lr=1e-4" in overrides)
+        assert ("it was trained with evaluation.best: null, not loss" in out) == ("optimizer.lr=1e-4" in overrides)
     assert main(["resume", "--run", str(tiny.folder)]) == 0
     assert "this run is finished" in capsys.readouterr().out
     assert (tiny.folder / "metrics.jsonl").read_bytes() == before

@@ -389,6 +389,7 @@ def test_a_run_of_no_steps(copied: tuple[Path, str, Path], capsys: pytest.Captur
     ("override", "problem"),
     [
         ("evaluation.best=rougel", "not among what is scored: .*rougeL.*did you mean rougeL"),
+        ("evaluation={best: own, metrics: ['mine:own']}", "scored: loss, mine:own; did you mean mine:own"),
         ("evaluation.best=accuracy", "accuracy is not among what is scored: loss, rouge1"),
         ("evaluation.best=length", "length is not among"),
     ],

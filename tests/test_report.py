@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from report_pages import Page, check_self_contained, report_of
 from report_runs import write_json, write_lines, write_run
@@ -88,11 +89,52 @@ def test_of_scores_where_less_is_better_and_of_single_examples(tmp_path: Path) -
     }
     wins = text.partition("Largest wins")[2].partition("Largest losses")[0]
     card = wins.partition(f"Example {first['position'] + 1} ")[2].partition("Example ")[0]
-    assert wins.strip().startswith(f"Example {first['position'] + 1} ▲ +{first['difference']:.3f}")
+    assert wins.strip().startswith(f"Example {first['position'] + 1} ▲ −{first['difference']:.3f} loss")
     plain = re.sub(r"\s", "", card)
     for line in lines.values():
         for key in ("source", "reference", "prediction"):
             assert re.sub(r"\s", "", json.loads(line)[key]) in plain
+
+
+def test_a_run_that_trains_nothing_is_not_said_to_have_tuned(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    found = json.loads((run / "comparison.json").read_text())
+    for part in found.values():
+        part["tuned"] = "shots-3"
+        del part["variants"]["step-300"]
+    write_json(run / "comparison.json", found)
+    for split in found:
+        (run / "predictions" / f"step-300-{split}.jsonl").rename(run / "predictions" / f"shots-3-{split}.jsonl")
+    text = report_of(run).text.partition("Repeat it")[2].partition("What was run")[0]
+    assert "for the base model with 3 examples in its prompt" in text
+    assert "With 3 examples in the prompt" in text.partition("Examples side by side")[2]
+    assert "uned" not in text
+
+
+def test_what_is_said_of_numbers_and_of_tags(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    found = json.loads((run / "comparison.json").read_text())
+    for part in found.values():
+        part["variants"]["majority"] = part["variants"].pop("lead")
+    write_json(run / "comparison.json", found)
+    assert "most frequent label" in report_of(run).text
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["task"] = {"kind": "classification", "problem": "regression"}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    text = report_of(run).text
+    assert "mean of the training data" in text
+    assert "most frequent label" not in text
+    assert "mean squared error" in text
+    assert "nats" not in text
+    # Words and labels stand in the files as JSON.
+    config["task"] = {"kind": "token_classification"}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    for file in (run / "predictions").iterdir():
+        lines = [{"source": '["New", "York"]', "reference": '["B-LOC", "I-LOC"]', "prediction": '["O", "O"]'}] * 200
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    card = report_of(run).text.partition("Largest wins")[2]
+    assert "New York Reference B-LOC I-LOC Base O O Tuned O O" in card
+    assert '"B-LOC"' not in card
 
 
 def test_what_a_run_says_is_text_whatever_it_holds(tmp_path: Path) -> None:

@@ -111,7 +111,8 @@ def _best_conflicts(config: Config) -> Iterator[tuple[str, str]]:
         metrics = config.task.usual_scores if evaluation.metrics is None else evaluation.metrics
         names = [name for name in score_names(metrics) if has_direction(name)]
         if evaluation.best not in names:
-            close = difflib.get_close_matches(evaluation.best, names, 1)
+            own = [name for name in names if name.partition(":")[2] == evaluation.best]
+            close = own or difflib.get_close_matches(evaluation.best, names, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
             yield "evaluation.best", f"{evaluation.best} is not among what is scored: {', '.join(names)}{hint}"
     for key in ("best", "patience"):

@@ -42,8 +42,13 @@ def finished(config: Config) -> list[str] | None:
         )
     old, new = flat(then), flat(config)
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key) and key not in UNSAID]
-    lines += [f"  it was trained with {key}: {old.get(key)}, not {new.get(key)}" for key in changed]
+    lines += [f"  it was trained with {key}: {_shown(old.get(key))}, not {_shown(new.get(key))}" for key in changed]
     return [*lines, "Give checkpoint.resume=never to set it aside and start anew, or another name."]
+
+
+def _shown(value: object) -> object:
+    """As YAML has it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else value
 
 
 def _is_more_patient(now: Config, then: Config) -> bool:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from shardtune.overfitting import PARTED, TRAINING
 from shardtune.report.charts import Chart, Point, Series, line_chart
 from shardtune.report.files import Line, RunFiles, finite
+from shardtune.report.words import in_prompt
 
 SPEEDS = {"examples_per_second": "examples a second", "generated_tokens_per_second": "generated tokens a second"}
 """What evaluation lines hold beside scores."""
@@ -15,6 +16,8 @@ MOST_SCORES = 12
 """So many scores have a chart; of a task with a score for each of many labels, the first ones."""
 COLOURS = {"train": 1, "validation": 2, "test": 3}
 SPLITS = ("validation", "test")
+LEVELS = {"lead": "1st sentence"}
+"""What a chart calls what tuning is compared with, where people may not know its name."""
 
 
 class Figure(NamedTuple):
@@ -62,7 +65,17 @@ def loss_chart(run: RunFiles) -> Chart | None:
     """Training and validation together: where they part, the model learns the training data by heart."""
     series = [Series("training", of_training(run.training, "loss"), COLOURS["train"])]
     series += [of_evaluation(run, split, "loss") for split in SPLITS]
-    return line_chart("curve-loss", "Loss", "mean over targets, in nats", series)
+    return line_chart("curve-loss", "Loss", unit_of_loss(run), series)
+
+
+def unit_of_loss(run: RunFiles) -> str:
+    """What it is a mean of."""
+    return "mean squared error" if is_regression(run) else "mean over targets, in nats"
+
+
+def is_regression(run: RunFiles) -> bool:
+    """Whether labels are numbers."""
+    return run.setting("task.problem") == "regression"
 
 
 def score_charts(run: RunFiles) -> Iterator[Chart | None]:
@@ -74,6 +87,8 @@ def score_charts(run: RunFiles) -> Iterator[Chart | None]:
                 value = finite(line.get(score))
                 if line.get("split") == split and isinstance(line.get("of"), str) and value is not None:
                     levels[line["of"]] = value
+        called = {**LEVELS, "majority": "mean"} if is_regression(run) else LEVELS
+        levels = {called.get(name) or in_prompt(name) or name: value for name, value in levels.items()}
         best_of = [(name, value) for name, value in levels.items() if name != "best"][:4]
         series = [of_evaluation(run, split, score) for split in SPLITS]
         yield line_chart(f"curve-score-{score}", score, "", series, levels=best_of)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from difflib import SequenceMatcher
 from typing import Any, NamedTuple
 
 from shardtune.report.files import RunFiles, finite
-from shardtune.report.words import cut, signed
+from shardtune.report.words import cut, in_prompt, lower_is_better, signed
 
 MOST = 10
 """Wins, losses, or examples from the start where there is no comparison."""
@@ -77,12 +78,16 @@ def examples(run: RunFiles, split: str, part: dict[str, Any], limit: int) -> lis
     positions = [position for group in chosen.values() for position, _ in group]
     after = run.predictions(tuned, split, positions)
     before = run.predictions(base, split, positions) if isinstance(base, str) and base != tuned else {}
+    if run.setting("task.kind") == "token_classification":
+        after, before = _in_a_row(after), _in_a_row(before)
     score = str(part.get("metric", ""))
+    lower, shots = lower_is_better(score, part), in_prompt(tuned)
+    called = f"With {shots} in the prompt" if shots else "Tuned"
     groups = [
         Group(
             title,
             [
-                _example(position, difference, score, after[position], before.get(position), limit)
+                _example(position, difference, score, lower, called, after[position], before.get(position), limit)
                 for position, difference in group
                 if position in after
             ],
@@ -92,24 +97,41 @@ def examples(run: RunFiles, split: str, part: dict[str, Any], limit: int) -> lis
     return [group for group in groups if group.examples]
 
 
+def _in_a_row(lines: dict[int, dict[str, str]]) -> dict[int, dict[str, str]]:
+    """Words and labels with spaces between them, where lines hold JSON lists of them."""
+
+    def shown(text: str) -> str:
+        try:
+            words = json.loads(text)
+        except ValueError:
+            return text
+        return " ".join(map(str, words)) if isinstance(words, list) else text
+
+    return {place: {key: shown(text) for key, text in line.items()} for place, line in lines.items()}
+
+
 def _example(
     position: int,
     difference: float | None,
     score: str,
+    lower: bool,
+    called: str,
     after: dict[str, str],
     before: dict[str, str] | None,
     limit: int,
 ) -> Example:
+    """`difference`: above 0 where `after` is better, `lower` is better or not; the card shows which way the score went.
+    `called`: what `after` is."""
     reference = after["reference"]
     columns = [("Reference", _plain(reference, limit))]
     if before is not None:
         columns.append(("Base", against(before["prediction"], reference, limit)))
-    columns.append(("Tuned", against(after["prediction"], reference, limit)))
+    columns.append((called, against(after["prediction"], reference, limit)))
     source = after["source"]
     folded = source[:FOLDED_FROM].rstrip() + " …" if len(source) > FOLDED_FROM + 60 else ""
     return Example(
         position=position,
-        difference="" if difference is None else f"{signed(difference)} {score}",
+        difference="" if difference is None else f"{signed(-difference if lower else difference)} {score}",
         kind="" if difference is None else "better" if difference > 0 else "worse",
         source=_plain(source, limit),
         folded=folded,

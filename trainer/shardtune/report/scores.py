@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from shardtune.report.charts import Whiskers, whiskers
-from shardtune.report.curves import scores_of
+from shardtune.report.curves import is_regression, scores_of
 from shardtune.report.files import RunFiles, finite
 from shardtune.report.words import (
     PERCENT,
     Verdict,
     chance,
+    in_prompt,
     interval,
     lower_is_better,
     number,
@@ -82,11 +83,17 @@ class Sides(NamedTuple):
 BASE_AND_TUNED = Sides()
 
 
+def sides_of(part: dict[str, Any]) -> Sides:
+    """Of a run that trains nothing the second side is no tuned model, but the base with examples in its prompt."""
+    shots = in_prompt(part.get("tuned"))
+    return Sides(after=f"the base model with {shots} in its prompt") if shots else BASE_AND_TUNED
+
+
 def compared(run: RunFiles) -> list[Compared]:
     """Test first; from comparison.json, and for splits that it lacks from the lines of evaluations."""
     found = []
     for split, part in parts_of(run).items():
-        found.append(compared_split(split, part))
+        found.append(compared_split(split, part, sides_of(part)))
         if split not in run.comparison:
             found[-1].notes.append("There is no comparison of this split, so there are no intervals and no test.")
     return found
@@ -99,6 +106,9 @@ def parts_of(run: RunFiles) -> dict[str, dict[str, Any]]:
         split = line.get("split")
         if isinstance(split, str) and split not in found:
             found[split] = _from_lines(run, split)
+    if is_regression(run):
+        mean = {"majority": "mean of the training data"}
+        found = {split: {**part, "names": {**mean, **part.get("names", {})}} for split, part in found.items()}
     return dict(sorted(found.items(), key=lambda one: (_place(one[0]), one[0])))
 
 
@@ -149,17 +159,16 @@ def said_of(name: str, part: dict[str, Any]) -> str:
     """A variant as people call it."""
     if name in part.get("names", {}):
         return part["names"][name]
+    if shots := in_prompt(name):
+        return f"base, {shots} in the prompt"
     if name == part.get("tuned"):
         return f"tuned ({name.replace('-', ' ')})" if name.startswith("step-") else f"tuned ({name})"
     if name == part.get("base"):
         return "base"
-    kind, _, rest = name.partition("-")
-    if kind == "shots" and rest.isdecimal():
-        return f"base, {plural(int(rest), 'example')} in the prompt"
     return {
         "step-0": "before the first step", "lead": "first sentence", "majority": "most frequent label",
         "best": "best checkpoint",
-    }.get(name, name.replace("-", " ") if kind == "step" else name)  # fmt: skip
+    }.get(name, name.replace("-", " ") if name.startswith("step-") else name)  # fmt: skip
 
 
 def compared_split(split: str, part: dict[str, Any], sides: Sides = BASE_AND_TUNED) -> Compared:
@@ -317,4 +326,6 @@ def _slices(part: dict[str, Any], main: str, lower: bool) -> Table | None:
             Cell(signed(difference, after), kind=kind),
         ]  # fmt: skip
         rows.append((f"{one.get('by')}: {one.get('value')}", cells))
-    return Table(["examples", f"base {main}", f"tuned {main}", "difference"], rows, len(slices) - len(rows))
+    shots = in_prompt(part.get("tuned"))
+    after = f"{main} with {shots} in the prompt" if shots else f"tuned {main}"
+    return Table(["examples", f"base {main}", after, "difference"], rows, len(slices) - len(rows))

@@ -9,7 +9,7 @@ from typing import Any
 from shardtune.errors import ConfigError
 from shardtune.report import facts
 from shardtune.report.charts import Chart, Point, Series, line_chart
-from shardtune.report.curves import FIGURES, MOST_SCORES, of_evaluation, of_training, scores_of
+from shardtune.report.curves import FIGURES, MOST_SCORES, of_evaluation, of_training, scores_of, unit_of_loss
 from shardtune.report.files import RunFiles, called_apart
 from shardtune.report.render import render
 from shardtune.report.scores import Cell, Compared, Sides, Table, compared_split, parts_of, value_of
@@ -152,7 +152,7 @@ def _charts(runs: Sequence[RunFiles]) -> list[Chart]:
     chart(
         "loss",
         "Training loss",
-        "mean over targets, in nats",
+        " or ".join(dict.fromkeys(unit_of_loss(run) for run in runs)),
         [of_training(run.training, "loss") for run in runs],
         False,
     )

@@ -139,6 +139,12 @@ def plural(count: float, one: str, many: str | None = None) -> str:
     return f"{count:,.0f} {one if count == 1 else many or one + 's'}"
 
 
+def in_prompt(variant: object) -> str:
+    """3 examples, of shots-3; empty for a variant that has none in its prompt."""
+    kind, _, count = variant.partition("-") if isinstance(variant, str) else ("", "", "")
+    return plural(int(count), "example") if kind == "shots" and count.isdecimal() else ""
+
+
 def cut(text: str, limit: int) -> tuple[str, int]:
     """The text's first `limit` characters, and how many are left out."""
     return (text, 0) if len(text) <= limit else (text[:limit], len(text) - limit)
