@@ -144,7 +144,8 @@ def test_same_run(case: Case, runs: Runs) -> None:
 def check_folder(done: Run) -> None:
     case, folder = done.case, done.folder
     assert sorted(path.name for path in folder.iterdir()) == [
-        "checkpoints", "config.yaml", "environment.json", "final", "metrics.jsonl", "predictions", "tokenizer",
+        "checkpoints", "comparison.json", "config.yaml", "data.json", "environment.json", "final", "metrics.jsonl",
+        "predictions", "report.html", "statistics", "tokenizer",
     ]  # fmt: skip
 
     overrides = [f"name={folder.name}", f"strategy.kind={case.kind}"]
@@ -161,14 +162,17 @@ def check_folder(done: Run) -> None:
     training = [line for line in lines(folder) if "split" not in line]
     assert [line["step"] for line in training] == [1, 2, 3]
     for line in training:
-        assert list(line) == TRAINING_KEYS
+        by_rank = ["slowest_rank", "slowest_rank_share"] if case.ranks > 1 and line["step"] > 1 else []
+        assert list(line) == [*TRAINING_KEYS, "tokens_per_second_per_device", *by_rank]
         assert all(isinstance(value, int | float) and math.isfinite(value) for value in line.values())
         assert line["step_seconds"] > 0
         assert line["peak_memory_bytes"] > 1e8
         assert 0 <= line["padding_share"] < 1
     judged = [line for line in lines(folder) if "split" in line]
     assert [(line["step"], line["split"]) for line in judged] == [(3, "validation")]
-    assert set(judged[0]) == {"step", "split", "loss"} | METRICS[case.model]
+    speeds = {"examples_per_second"} | ({"generated_tokens_per_second"} if case.model != "bert" else set())
+    beside = {key for key in judged[0] if key == "train_loss"} | speeds
+    assert set(judged[0]) == {"step", "split", "loss"} | METRICS[case.model] | beside
 
     predictions = folder / "predictions" / "step-3-validation.jsonl"
     written = [json.loads(line) for line in predictions.read_text().splitlines()]

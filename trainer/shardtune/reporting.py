@@ -83,8 +83,8 @@ class Reporter:
             "step_seconds": seconds / len(since),
             "data_seconds": sum(r.data_seconds for r in since) / len(since),
             "tokens_per_second": sum(r.tokens for r in since) / seconds,
-            **self._utilization(seconds),
             "peak_memory_bytes": peak_memory_bytes(self._device),
+            **self._utilization(seconds),
             **memory(self._device),
             **(self._ranks.since() if self._ranks is not None else {}),
         }
