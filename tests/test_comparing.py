@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from shardtune.before_after import before_and_after
 from shardtune.comparing import (
     by_length,
     by_value,
@@ -260,3 +261,12 @@ def test_five_thousand_examples_take_moments() -> None:
     began = time.process_time()
     compare(scorer, variants, "tuned", "base", lengths=draw.integers(1, 99, 5000))
     assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize("after", ["step-4", "best", "shots-2"])
+def test_the_table_says_what_is_after_where_nothing_was_trained(after: str) -> None:
+    rows = np.array([[1.0, 2.0], [3.0, 2.0]])
+    part = compare(Scorer(["perplexity"]), {"step-0": rows * 2, after: rows}, after, "step-0", "perplexity")
+    text = before_and_after({"test": part | {"last": 4}})
+    assert ("after: shots-2, as nothing was trained" in text) == (after == "shots-2")
+    assert ("nothing was trained" in text) == (after == "shots-2")

@@ -1,4 +1,5 @@
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,6 +60,8 @@ def test_runs_that_judged_the_same_examples_are_tested_against_each_other(
     ends = [f"{test[end]:+.3f}".replace("-", "−") if test[end] else "±0.000" for end in ("low", "high")]
     assert f"(95 % interval {ends[0]} to {ends[1]}, p " in page.text
     assert f"B (fast) did better on {part['wins']} example" in page.text
+    drawn = re.findall(r'class="name"[^>]*>([AB]) \(.*?class="whisker s(\d)"', out.read_text(), re.DOTALL)
+    assert {("A", "1"), ("B", "2")} == set(drawn), "as their letters are coloured"
     predictions = tiny_runs[1] / "predictions" / "step-4-validation.jsonl"
     whole = predictions.read_text()
     predictions.write_text("".join(whole.splitlines(keepends=True)[::-1]))

@@ -182,7 +182,11 @@ def test_lines_as_they_come_until_the_run_is_finished(tmp_path: Path) -> None:
         )
     try:
         wait_for(lambda: "step 1/40" in out.read_text())
-        write(folder, trained(2), {"step": 2, "split": "test", "loss": 0.25})
+        write(
+            folder,
+            trained(2),
+            {"step": 2, "split": "test", "loss": 0.25, "examples_per_second": 9.5, "train_loss": 0.5},
+        )
         (folder / "checkpoints" / "step-00000002").mkdir(parents=True)
         wait_for(lambda: "checkpoint" in out.read_text())
         write(folder, trained(3))

@@ -20,6 +20,9 @@ def before_and_after(comparison: Mapping[str, Any]) -> str:
     lines = [table(rows, ["split", "metric", "before", "after", "difference (95 % interval)"])]
     if any(row[-1].endswith("*") for row in rows):
         lines.append(f"* by the paired test more than chance (p < {SIGNIFICANT:g})")
+    after = sorted({str(of_split["tuned"]) for of_split in comparison.values()})
+    if shots := [name for name in after if name.startswith("shots-")]:
+        lines.append(f"after: {', '.join(shots)}, as nothing was trained")
     others = [row for split, of_split in comparison.items() for row in _others(split, of_split)]
     if others:
         lines += ["", table(others, ["compared with", "split", "metric", "value", "95 % interval"])]

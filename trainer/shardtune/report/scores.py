@@ -172,7 +172,8 @@ def said_of(name: str, part: dict[str, Any]) -> str:
 
 
 def compared_split(split: str, part: dict[str, Any], sides: Sides = BASE_AND_TUNED) -> Compared:
-    """`part`: of comparison.json; its `names`, where there are some, are what variants are called."""
+    """`part`: of comparison.json; its `names` and `colours`, where there are some, are those of its
+    variants."""
     base, tuned, score = part.get("base"), part.get("tuned"), str(part.get("metric", "loss"))
     lower = lower_is_better(score, part)
     test = part.get("tests", {}).get(score, {}) if base != tuned else {}
@@ -297,7 +298,7 @@ def _picture(split: str, score: str, part: dict[str, Any]) -> Whiskers | None:
         value, low, high = value_of(part, name, score)
         if value is not None:
             colour = 1 if name == part.get("tuned") else 2 if name == part.get("base") else 0
-            rows.append((said_of(name, part), value, low, high, colour))
+            rows.append((said_of(name, part), value, low, high, part.get("colours", {}).get(name, colour)))
     rows.sort(key=lambda row: row[1], reverse=not lower_is_better(score, part))
     return whiskers(f"interval-{split}", f"{score} on {split}", rows) if len(rows) > 1 else None
 

@@ -87,7 +87,8 @@ def _compared(pairs: Pairs, names: Sequence[str]) -> list[Compared]:
     for (index, split), part in sorted(pairs.items(), key=lambda pair: (pair[0][1] != "test", pair[0][1], pair[0][0])):
         after = LETTERS[index]
         sides = Sides(f"A ({names[0]})", f"{after} ({names[index]})")
-        one = compared_split(split, {**part, "names": {"A": sides.before, after: sides.after}}, sides)
+        called = {"names": {"A": sides.before, after: sides.after}, "colours": {"A": 1, after: index % COLOURS + 1}}
+        one = compared_split(split, {**part, **called}, sides)
         titles = {"better": f"{after} is better than A", "worse": f"{after} is worse than A"}
         one.verdict = Verdict(one.verdict.kind, titles.get(one.verdict.kind, one.verdict.title))
         if one.picture is not None:

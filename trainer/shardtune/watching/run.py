@@ -9,6 +9,7 @@ from typing import Any, Literal
 import yaml
 
 from shardtune.errors import ConfigError
+from shardtune.overfitting import PARTED, TRAINING
 from shardtune.watching.tail import Tail
 
 SILENCE_SECONDS, SILENCE_LINES = 60.0, 10.0
@@ -119,8 +120,9 @@ def title(line: dict[str, Any]) -> str:
 
 
 def scores(line: dict[str, Any]) -> dict[str, float]:
-    """The figures of an evaluation's line that are numbers."""
+    """The scores of an evaluation's line, and its loss; not how fast it was."""
+    beside = ("step", "split", "of", TRAINING, PARTED)
     return {
         key: value for key, value in line.items()
-        if key not in ("step", "split", "of") and isinstance(value, (int, float))
+        if key not in beside and not key.endswith("_per_second") and isinstance(value, (int, float))
     }  # fmt: skip
