@@ -58,7 +58,7 @@ def test_the_page_says_first_what_tuning_did_and_whether_that_is_sure(
     for said in (
         "google/flan-t5-base", "lora: rank 16", "4 × NVIDIA H100", "fsdp2", "0123456789abcdef", "torch 2.11.0",
         "T5 has no rotary positions", "96 places", "shardtune train --config configs/news.yaml seed=0", "41 GB",
-        "6,300,000", "4 min 12 s", "0.12 kWh", "first sentence", "Largest wins", "Largest losses", "politics",
+        "6,300,000", "4 min 12 s", "0.12 kWh", "first sentences", "Largest wins", "Largest losses", "politics",
         "empty target 17", "length: 12–120",
     ):  # fmt: skip
         assert said in rest, said
@@ -80,7 +80,7 @@ def test_of_scores_where_less_is_better_and_of_single_examples(tmp_path: Path) -
     write_json(run / "comparison.json", {"test": part})
     text = report_of(run).text.partition("Before and after")[2]
     assert "loss on test ▲ got better 2.000 → 1.500 −0.500" in text
-    assert "base base, 3 examples in the prompt first sentence step 400 tuned (step 300) difference" in text
+    assert "base base, 3 examples in the prompt first sentences step 400 tuned (step 300) difference" in text
     # A win is shown first, with what each side wrote at that line of its file.
     first = part["differences"][0]
     lines = {

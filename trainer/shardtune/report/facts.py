@@ -93,14 +93,13 @@ def training_seconds(run: RunFiles) -> float | None:
 
 def cost(run: RunFiles) -> list[Fact]:
     """What is known of it; the rest is left out."""
-    took, whole_run = training_seconds(run), finite(run.environment.get("seconds"))
+    took = training_seconds(run)
     last = run.training[-1] if run.training else {}
     tokens, ranks = finite(last.get("tokens")), finite(run.environment.get("ranks"))
     epochs = finite(last.get("epoch"))
     peaks = [peak for line in run.training if (peak := finite(line.get("peak_memory_bytes"))) is not None]
     found = [
         ("Training", seconds(took) if took else ""),
-        ("Whole run", seconds(whole_run) if whole_run else ""),
         (
             "Device time",
             f"{took * ranks / 3600:,.2f} h on {plural(ranks, 'rank')}" if took and ranks and ranks > 1 else "",

@@ -166,7 +166,7 @@ def said_of(name: str, part: dict[str, Any]) -> str:
     if name == part.get("base"):
         return "base"
     return {
-        "step-0": "before the first step", "lead": "first sentence", "majority": "most frequent label",
+        "step-0": "before the first step", "lead": "first sentences", "majority": "most frequent label",
         "best": "best checkpoint",
     }.get(name, name.replace("-", " ") if name.startswith("step-") else name)  # fmt: skip
 
@@ -248,10 +248,11 @@ def _simpler(part: dict[str, Any], score: str, lower: bool, tuned: float) -> lis
 
 
 def _shown_variants(part: dict[str, Any]) -> list[str]:
-    """All but the steps on the way, which the curves show: of steps the base, the tuned one and the last one."""
+    """All but the steps on the way, which the curves show: of steps the base, what training began with, the tuned one
+    and the last one."""
     steps = {name: int(rest) for name in part["variants"] if (rest := name.removeprefix("step-")).isdecimal()}
     last = max(steps, key=lambda name: steps[name], default="")
-    kept = {part.get("base"), part.get("tuned"), last}
+    kept = {part.get("base"), "step-0", part.get("tuned"), last}
     variants: dict[str, Any] = part["variants"]
     return [name for name in variants if name not in steps or name in kept]
 
