@@ -96,6 +96,7 @@ WRONG = {
     "override without value": Wrong(overrides=("optimizer.lr",), message="the form key.path=value"),
     "override of an unknown key": Wrong(overrides=("optimizer.learn=1",), message="optimizer.learn: unknown key"),
     "override of a wrong type": Wrong(overrides=("batch.examples=many",), message="batch.examples: should be an int"),
+    "own metric": Wrong(overrides=("evaluation.metrics=[no_such:score]",), message="no module no_such, neither in"),
     "model path": Wrong(overrides=("model.path=./nowhere",), message="model.path ./nowhere: there is no such folder"),
 }
 

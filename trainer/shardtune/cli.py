@@ -188,10 +188,9 @@ def _train(options: argparse.Namespace) -> int:
     if ranks * options.nodes == 1:
         return _train_here(options, config)
     from shardtune.assemble.data import check_model_path
-    from shardtune.assemble.trackers import check_trackers
     from shardtune.spawn import spawn
 
-    check_trackers(config)
+    _check_outside(config)
     check_model_path(config)
     command = [sys.executable, "-m", "shardtune.cli", "--config", str(options.config), *options.overrides]
     try:
@@ -225,7 +224,6 @@ def _train_here(options: argparse.Namespace, config: Config | None = None) -> in
 def _train_until(options: argparse.Namespace, config: Config | None, stopping: Stopping) -> int:
     from shardtune.assemble.data import check_model_path, read_texts
     from shardtune.assemble.run_again import finished
-    from shardtune.assemble.trackers import check_trackers
     from shardtune.config_file import places
     from shardtune.world import check_launcher, join_world, launched_rank, launched_ranks
 
@@ -233,7 +231,7 @@ def _train_until(options: argparse.Namespace, config: Config | None, stopping: S
     check_launcher()
     ranks, rank = launched_ranks() or 1, launched_rank()
     _check_ranks(config, ranks)
-    check_trackers(config)
+    _check_outside(config)
     check_model_path(config)
     said = finished(config)
     if said is not None:
@@ -263,6 +261,15 @@ def _train_until(options: argparse.Namespace, config: Config | None, stopping: S
             print(last_words, flush=True)
     world.close()  # not after an error: it would wait for collectives that will never end
     return 0
+
+
+def _check_outside(config: Config) -> None:
+    """Whether what the config names beside its files can be used, before anything slow begins."""
+    from shardtune.assemble.trackers import check_trackers
+    from shardtune.metrics import check_own
+
+    check_trackers(config)
+    check_own(config.evaluation.metrics or [])
 
 
 def _check_ranks(config: Config, ranks: int) -> None:

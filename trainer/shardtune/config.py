@@ -255,7 +255,7 @@ class EvaluationConfig(Section):
     """A text ends before one of these."""
     baseline: bool = True
     """Also judge what tuning is compared with, before the first step: the base model, and what needs no model."""
-    shots: list[Annotated[int, Field(ge=0)]] = [0]
+    shots: list[Annotated[int, Field(ge=0, le=256)]] = [0]
     """How many training examples stand in the prompt of the base model; several numbers are judged one by one. Each is
     written as "Input: …" and, on the next line, "Output: …", with an empty line after it; in conversations they are
     earlier turns."""
