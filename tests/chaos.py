@@ -36,8 +36,6 @@ from warm import Ranks, Warm
 STEPS = 24
 EVERY = 3
 """Steps between two checkpoints."""
-TIMES = {"step_seconds", "data_seconds", "tokens_per_second", "peak_memory_bytes"}
-"""What differs from one run to the next in any case."""
 LAYOUTS = [
     [("ddp", 2), ("single", 1), ("ddp", 4)],
     [("zero3", 2), ("fsdp2", 2), ("single", 1), ("zero1", 2)],
@@ -329,7 +327,7 @@ def difference(whole: Path, run: Path) -> str:
 def steps(run: Path) -> list[dict[str, Any]]:
     """The lines of the steps, but for times."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines if "grad_norm" in line]
+    return [tiny.lasting(line) for line in lines if "grad_norm" in line]
 
 
 def largest_difference(whole: Path, run: Path) -> float:

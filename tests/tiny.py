@@ -55,6 +55,15 @@ TASKS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+MEASURED = ("_seconds", "_per_second", "_bytes", "slowest_rank", "mfu", "energy_joules")
+"""Parts of the names of figures that differ between runs that are the same."""
+
+
+def lasting(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of metrics.jsonl without what was measured."""
+    return {key: value for key, value in line.items() if not any(part in key for part in MEASURED)}
+
+
 def rows(count: int, seed: int = 0) -> list[dict[str, str]]:
     """Ragged texts with a summary (their longest words) and a label."""
     rng = random.Random(seed)
