@@ -394,7 +394,8 @@ def random_value(rule: dict[str, Any], rng: random.Random) -> Any:
         count = rng.randint(rule.get("minItems", 0), rule.get("maxItems", 4))
         return [random_value(rule["items"], rng) for _ in range(count)]
     if kind == "integer":
-        return rng.choice([rule.get("minimum", 0), rng.randint(1, 10_000), rule.get("exclusiveMaximum", 2**40) - 1])
+        highest = rule.get("maximum", rule.get("exclusiveMaximum", 2**40) - 1)
+        return rng.choice([rule.get("minimum", 0), rng.randint(1, min(10_000, highest)), highest])
     if kind == "number":
         least = rule.get("minimum", 0)
         return least + rng.choice([0.5, rng.random() * 0.99 + 1e-9, 10 ** rng.uniform(-12, -1)])

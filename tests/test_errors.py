@@ -279,7 +279,7 @@ def test_wrong_data_on_two_ranks(launcher: str, tmp_path: Path, cache: Path) -> 
     ("model", "task", "fits"),
     [
         ("bert", "seq2seq", "it fits task.kind: classification, token_classification or question_answering."),
-        ("t5", "causal", "it fits task.kind: seq2seq."),
+        ("t5", "causal", "it fits task.kind: seq2seq or classification."),
         ("gpt2", "seq2seq", "it fits task.kind: causal"),
     ],
 )

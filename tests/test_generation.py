@@ -164,7 +164,7 @@ def test_texts_end_before_a_stop(folders: dict[str, Path], name: str, beams: int
 def test_writing_ends_once_every_row_has_stopped(folders: dict[str, Path], name: str) -> None:
     model, tokenizer, task, examples = made(folders, name)
     counted: list[int] = []
-    how = Generation(40, min_new_tokens=40, count=counted.append)
+    how = Generation(40, min_new_tokens=40, counts=counted.append)
     texts = [text.split() for text in predicted(task, model, examples, how)]
     index = next(index for index, words in enumerate(texts) if len(set(words[:20])) > 1)
     words = texts[index]

@@ -211,7 +211,7 @@ def test_a_terminal_shows_a_page_until_one_has_seen_enough(tmp_path: Path) -> No
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
     watching = subprocess.Popen(
         [sys.executable, "-c", CODE, "watch", "--run", str(folder)], stdin=terminal, stdout=terminal, stderr=terminal,
-        env={**os.environ, "TERM": "xterm"},
+        env={**os.environ, "TERM": "xterm"}, preexec_fn=listen,
     )  # fmt: skip
     os.close(terminal)
     os.set_blocking(reading, False)
@@ -234,6 +234,11 @@ def test_a_terminal_shows_a_page_until_one_has_seen_enough(tmp_path: Path) -> No
     finally:
         watching.kill()
         os.close(reading)
+
+
+def listen() -> None:
+    """What a shell starts in the background ignores Ctrl-C, and what that starts."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def wait_for(happened: Any) -> None:
