@@ -249,7 +249,8 @@ def test_transformers_loads_the_result_and_would_write_the_same_names(done: Done
     written, begun = (
         json.loads((f / "config.json").read_text()) for f in (done.path(run) / "final", done.model(run.model))
     )
-    assert written == {**begun, "dtype": "bfloat16" if run.model.endswith("-bf16") else "float32"}
+    loss = {"problem_type": "single_label_classification"} if run.task == "classification" else {}
+    assert written == {**begun, **loss, "dtype": "bfloat16" if run.model.endswith("-bf16") else "float32"}
     tokenizers = [plain.load_tokenizer(f) for f in (done.path(run) / "final", done.model(run.model))]
     rows = [row["text"] for row in done.rows(run)]
     assert tokenizers[0](rows)["input_ids"] == tokenizers[1](rows)["input_ids"]
