@@ -161,7 +161,7 @@ def test_changing_one_changes_no_other(name: str, tmp_path: Path, seed: int) -> 
     examples = case.examples(7)
     before = case.losses(case.task.collate(examples, packed=True), examples)
     for index in range(len(examples)):
-        source, target, _ = examples[index]
+        source, target, *_ = examples[index]
         changed = [*examples]
         changed[index] = Tokens((source - 4 + 1) % 37 + 4, (target - 4 + 5) % 37 + 4)
         after = case.losses(case.task.collate(changed, packed=True), changed)
