@@ -89,7 +89,10 @@ def test_an_offloaded_run_is_the_same(done: Done, pair: tuple[Run, Run]) -> None
     for key in ("loss", "grad_norm"):
         far = max(abs(a[key] / b[key] - 1) for a, b in zip(got, wanted, strict=True))
         assert far <= 1e-5, f"{key} differs by {far}; seed {done.seed}"
-    assert got_judged["loss"] == pytest.approx(judged["loss"], rel=1e-5), f"seed {done.seed}"
+    # One is judged with parameters gathered layer by layer, the other with all of them gathered: in bfloat16, fused
+    # operations round otherwise there.
+    limit = 1e-3 if pair[0].options.get("model__dtype") == "bfloat16" else 1e-5
+    assert got_judged["loss"] == pytest.approx(judged["loss"], rel=limit), f"seed {done.seed}"
     assert max(step["grad_norm"] for step in got) > CLIPPED, f"nothing was clipped; seed {done.seed}"
     far = distance(done.final(pair[1]), done.final(pair[0]))
     assert far <= 1e-5, f"weights differ by {far}; seed {done.seed}"
