@@ -76,8 +76,9 @@ def generate(options: argparse.Namespace) -> int:
 
 def report(options: argparse.Namespace) -> int:
     """`shardtune report`. Returns the exit code; raises ShardtuneError. torch is imported only to test several runs."""
-    from shardtune.report import REPORT, write_page
+    from shardtune.report import REPORT
     from shardtune.report.files import read_run
+    from shardtune.run_folder import write_whole
 
     runs = [read_run(folder) for folder in options.folders]
     out: Path = options.out or (options.folders[0] / REPORT if len(runs) == 1 else Path("comparison.html"))
@@ -86,7 +87,7 @@ def report(options: argparse.Namespace) -> int:
     if len(runs) == 1:
         from shardtune.report.page import page
 
-        write_page(out, page(runs[0]))
+        write_whole(out, page(runs[0]))
     else:
         from shardtune.report.several import comparison_page, judged_alike
 
@@ -95,7 +96,7 @@ def report(options: argparse.Namespace) -> int:
             from shardtune.assemble.paired_runs import paired_runs
 
             pairs, notes = paired_runs(runs)
-        write_page(out, comparison_page(runs, pairs, notes))
+        write_whole(out, comparison_page(runs, pairs, notes))
     print(f"written: {out}")
     return 0
 

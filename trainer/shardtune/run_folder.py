@@ -129,12 +129,25 @@ def _describe(folder: Path, config_yaml: str, environment: dict[str, Any]) -> No
     """Each file is the old or the new one, whenever it is interrupted."""
     described = json.dumps(environment, indent=2, ensure_ascii=False) + "\n"
     for name, text in (("config.yaml", config_yaml), ("environment.json", described)):
-        partial = folder / f".{name}.partial"
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(folder / name)
+        _replace(folder / name, text)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file is the old or the new one, whenever it is interrupted. Raises StorageError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, text)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
 
 
 def claim(folder: Path) -> int:

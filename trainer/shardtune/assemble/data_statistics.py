@@ -13,7 +13,7 @@ from shardtune.assemble.prepared import Prepared
 from shardtune.config import Config
 from shardtune.data.splits import NAMES
 from shardtune.data.tables import TokenTable
-from shardtune.errors import StorageError
+from shardtune.run_folder import write_whole
 
 BINS = 24
 """The most bars of a histogram of lengths."""
@@ -21,14 +21,8 @@ BINS = 24
 
 def write_data_statistics(folder: Path, config: Config, prepared: Prepared) -> None:
     """Writes data.json to the run's folder, on the first rank. Raises StorageError."""
-    path = folder / "data.json"
     text = json.dumps(data_statistics(config, prepared), indent=1, ensure_ascii=False) + "\n"
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from error
+    write_whole(folder / "data.json", text)
 
 
 def data_statistics(config: Config, prepared: Prepared) -> dict[str, Any]:

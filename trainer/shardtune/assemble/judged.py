@@ -20,7 +20,7 @@ from shardtune.checkpoint.names import FOLDER, folder_name
 from shardtune.checkpoint.reading import Checkpoint, open_checkpoint
 from shardtune.comparing import compare
 from shardtune.config import Config
-from shardtune.errors import ConfigError, StorageError
+from shardtune.errors import ConfigError
 from shardtune.evaluation import Evaluator, Split
 from shardtune.judging import BEST, WATCHED, Judge
 from shardtune.metrics import Scorer, lower_is_better
@@ -28,6 +28,7 @@ from shardtune.overfitting import Noise, standard_error
 from shardtune.progress import Progress
 from shardtune.protocols import VALUE, Strategy
 from shardtune.records import Records
+from shardtune.run_folder import write_whole
 from shardtune.state import TrainingState
 from shardtune.world import World
 
@@ -159,7 +160,7 @@ def write_comparison(
             "step": chosen,
             "last": last,
         }  # fmt: skip
-    _write(folder / COMPARISON, found)
+    write_whole(folder / COMPARISON, json.dumps(found, ensure_ascii=False, indent=1) + "\n")
     return found
 
 
@@ -206,12 +207,3 @@ def _read(path: Path) -> NDArray[np.float64] | None:
         return np.load(path)
     except (OSError, ValueError):
         return None
-
-
-def _write(path: Path, found: dict[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from error

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shardtune.errors import ShardtuneError, StorageError
+from shardtune.errors import ShardtuneError
 from shardtune.report.files import read_run
 from shardtune.report.page import page
+from shardtune.run_folder import write_whole
 
 REPORT = "report.html"
 
@@ -23,16 +24,5 @@ def write_report(folder: Path) -> str | None:
         return f"no report: {error}"
     except Exception as error:
         return f"no report ({type(error).__name__}: {error}); `shardtune report --run {folder}` tries again"
-    write_page(folder / REPORT, made)
+    write_whole(folder / REPORT, made)
     return None
-
-
-def write_page(path: Path, made: str) -> None:
-    """The file is the old or the new one, whenever it is interrupted. Raises StorageError."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(made, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from error
