@@ -117,7 +117,8 @@ def test_shuffling_does_not_depend_on_the_layout(done: Done, run: Run) -> None:
     assert [steps[end]["target_tokens"] for end in ends] == [in_order[end]["target_tokens"] for end in ends]
     counted = np.diff([0, *(step["target_tokens"] for step in steps)]).reshape(-1, 4)
     assert len({tuple(epoch) for epoch in counted.tolist()}) > 1, f"seed {done.seed}"
-    assert abs(steps[0]["loss"] / in_order[0]["loss"] - 1) > 1e-4, f"seed {done.seed}"
+    far = [abs(step["loss"] / other["loss"] - 1) for step, other in zip(steps, in_order, strict=True)]
+    assert max(far) > 1e-3, f"{far}; seed {done.seed}"
 
 
 @by_name([*T5, *LLAMA, *(run for run in OTHERS if run.model == "bert")])
