@@ -74,7 +74,7 @@ def test_tokens_and_answers_are_those_of_transformers(name: str, side: str) -> N
         assert encoded.target_cut == (None in places)
         assert encoded.target == ([] if None in places else places)
         cut_off += encoded.target_cut
-    assert cut_off > 3
+    assert cut_off > 0
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

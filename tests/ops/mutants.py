@@ -6,6 +6,7 @@ import faulthandler
 import importlib
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,8 @@ import shardtune_kernels
 from shardtune_kernels._launch import INTERPRETED
 
 only_interpreted = pytest.mark.skipif(not INTERPRETED, reason="kernels run only with TRITON_INTERPRET=1")
+HUNG_SECONDS = 60
+"""Many times what a check takes."""
 
 
 class Mutant(NamedTuple):
@@ -39,6 +42,8 @@ def is_noticed(mutant: Mutant, check: Callable[[Any], None], folder: Path) -> bo
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             faulthandler.disable()  # a crash is one way to be noticed, and nothing to print
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(HUNG_SECONDS)  # so is waiting for ever, in a heap that was written over
             check(_imported_from(folder))
             code = 0
         finally:

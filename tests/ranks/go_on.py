@@ -132,7 +132,8 @@ def run(case: Case, world: World, folder: Path) -> None:
             strategy.backward(loss)
             own += float(loss.detach())
         norm = strategy.grad_norm()
-        strategy.step(1e-3 * (1 + step), min(1.0, 0.5 / norm))
+        rate = 1e-4 if case.optimizer.startswith("lion") else 1e-3  # each element moves by all of Lion's rate
+        strategy.step(rate * (1 + step), min(1.0, 0.5 / norm))
         losses.append((*world.sum([own]), norm))
         if step + 1 == case.evaluate_at:
             with strategy.evaluating() as model:
