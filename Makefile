@@ -5,6 +5,7 @@
 #   TORCH            the requirement for PyTorch               (default: by whether a GPU is here, see below)
 #   TORCH_CPU_INDEX  an index that holds CPU builds of PyTorch (default: pip's own configuration)
 #   RANKS            ranks of the quickstart                   (default: the number of GPUs, or 2 without one)
+#   WORKERS          files that `test` runs at a time           (default: 2; 0: one after the other, in one process)
 #   PYTEST_ARGS      more arguments for pytest, for instance PYTEST_ARGS='-k config -x'
 #   METHODS_ARGS     of `methods`, for instance METHODS_ARGS='--methods lora,dora --strategies single,fsdp2'
 #   CHAOS_ARGS       of `chaos`, for instance CHAOS_ARGS='--seed 1 --r1 20 --r2 0 --r6 0'
@@ -24,6 +25,7 @@ PIP   := $(BIN)/python -m pip --disable-pip-version-check --no-input
 # How many NVIDIA GPUs are here; where the driver's tool is missing, count the device files.
 GPUS := $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true); \
 	[ "$${n:-0}" -gt 0 ] || n=$$(find /dev -maxdepth 1 -name 'nvidia[0-9]*' 2>/dev/null | wc -l); echo $$n)
+WORKERS ?= 2
 RANKS ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 
 # PyTorch's usual Linux build brings gigabytes of CUDA. Without a GPU the CPU build, `+cpu`, is asked for
@@ -76,20 +78,15 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: setup
 	PATH="$(BIN):$$PATH" $(BIN)/deepspeed --num_gpus $(RANKS) launch/train.py --config configs/quickstart.yaml
 
-# The tests that start no ranks, and those of the ops, as plain torch and interpreted, run beside the others; what they
-# said comes last. A part may have nothing of what PYTEST_ARGS chooses, pytest's exit code 5, but not every part.
+# WORKERS files at a time; the ops once more with their kernels interpreted. A part may have nothing of what PYTEST_ARGS
+# chooses, pytest's exit code 5, but not both.
 test: setup
-	@export PATH="$(BIN):$$PATH"; said=$$(mktemp); trap 'rm -f "$$said"' EXIT; \
-	part() { $(BIN)/python -m pytest "$$@" $(PYTEST_ARGS) && code=0 || code=$$?; codes="$${codes:-} $$code"; }; \
-	verdict() { ran=5; for code in $$codes; do \
-		if [ $$code -ne 0 ] && [ $$code -ne 5 ]; then return $$code; elif [ $$code -eq 0 ]; then ran=0; fi; \
-	done; return $$ran; }; \
-	( part tests/ops; TRITON_INTERPRET=1 part tests/ops; part tests --ignore=tests/ops -m "not ranks"; verdict ) \
-		> "$$said" 2>&1 & beside=$$!; \
-	part tests --ignore=tests/ops -m ranks; \
-	wait $$beside && codes="$$codes 0" || codes="$$codes $$?"; \
-	echo "test: the ops, as plain torch and interpreted, and what starts no ranks"; cat "$$said"; \
-	verdict
+	@export PATH="$(BIN):$$PATH"; \
+	part() { $(BIN)/python -m pytest -n $(WORKERS) "$$@" $(PYTEST_ARGS) && code=0 || code=$$?; codes="$${codes:-} $$code"; }; \
+	part tests; TRITON_INTERPRET=1 part tests/ops; \
+	ran=5; for code in $$codes; do \
+		if [ $$code -ne 0 ] && [ $$code -ne 5 ]; then exit $$code; elif [ $$code -eq 0 ]; then ran=0; fi; \
+	done; exit $$ran
 
 # What each kernel takes on each GPU, for the table that a test compares with; RESOURCES_ARGS: parts of names.
 resources: setup

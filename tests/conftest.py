@@ -8,16 +8,13 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-STARTING = {
-    "chaos", "forked", "grid", "launching", "layouts", "method_runs", "peft_runs", "run_many", "slurm_cluster", "warm",
-}  # fmt: skip
-"""Modules by which tests start ranks and launchers."""
+LONGEST = (
+    "test_layouts", "test_fused_training", "test_launchers", "test_errors", "test_methods", "test_chaos",
+    "test_stopping", "test_evaluation", "test_heads", "test_trackers", "test_loading_quantized", "test_bench_small",
+)  # fmt: skip
+"""Files that take a minute or more. They come first, so that no process is left with one of them at the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests of files that start ranks: `make test` runs the others beside them."""
-    for item in items:
-        names = vars(item.module).values() if isinstance(item, pytest.Function) else ()
-        used = {getattr(name, "__module__", None) or getattr(name, "__name__", None) for name in names}
-        if used & STARTING:
-            item.add_marker("ranks")
+    """Whole files are dealt to the processes in this order."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
