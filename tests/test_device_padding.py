@@ -30,7 +30,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """A script that says in the end how many streams it laid out on the device."""
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", SEEDS, ids=range(len(SEEDS)))
 @pytest.mark.parametrize(("name", "packed"), laid_out_batches.CASES)
 def test_the_same_batch(name: str, packed: bool, seed: int) -> None:
     laid_out_batches.check(name, packed, seed)

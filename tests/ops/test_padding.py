@@ -123,7 +123,7 @@ def check_unpad_gradient(kernels: Any, seed: int) -> None:
 CHECKS = {"pad": check_pad, "pack": check_pack, "unpad": check_unpad, "unpad-gradient": check_unpad_gradient}
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", SEEDS, ids=range(len(SEEDS)))
 @pytest.mark.parametrize("what", CHECKS)
 def test_as_the_reference(what: str, seed: int) -> None:
     CHECKS[what](shardtune_kernels, seed)
