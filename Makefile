@@ -5,7 +5,7 @@
 #   TORCH            the requirement for PyTorch               (default: by whether a GPU is here, see below)
 #   TORCH_CPU_INDEX  an index that holds CPU builds of PyTorch (default: pip's own configuration)
 #   RANKS            ranks of the quickstart                   (default: the number of GPUs, or 2 without one)
-#   WORKERS          files that `test` runs at a time           (default: 2; 0: one after the other, in one process)
+#   WORKERS          files that `test` runs at a time          (default: 2; 0: one after the other, in one process)
 #   PYTEST_ARGS      more arguments for pytest, for instance PYTEST_ARGS='-k config -x'
 #   METHODS_ARGS     of `methods`, for instance METHODS_ARGS='--methods lora,dora --strategies single,fsdp2'
 #   CHAOS_ARGS       of `chaos`, for instance CHAOS_ARGS='--seed 1 --r1 20 --r2 0 --r6 0'

@@ -16,7 +16,8 @@ from shardtune.cli import main
 from shardtune.data.fields import texts
 from shardtune.data.sources import Row
 from shardtune.errors import ConfigError, DataError
-from shardtune.protocols import Generation, Text, Tokens
+from shardtune.examples import Text, Tokens
+from shardtune.protocols import Generation
 from shardtune.task.question_answering import Config, QuestionAnswering
 from skeletons import drawn_model
 from small_tokenizers import byte_level, sentencepiece, wordpiece
@@ -62,7 +63,7 @@ def test_tokens_and_answers_are_those_of_transformers(name: str, side: str) -> N
     print("seed", seed)
     rng, cut_off = random.Random(seed), 0
     tokenizer.truncation_side = side
-    for _ in range(60):
+    for _ in range(200):
         row, limit = random_row(rng), rng.randint(40, 70) if name == "roberta-like" else rng.randint(16, 25)
         theirs = tokenizer(row["question"], row["context"], truncation="only_second", max_length=limit)
         (encoded,) = QuestionAnswering(tokenizer, limit).encode([text_of(row)])
@@ -74,7 +75,7 @@ def test_tokens_and_answers_are_those_of_transformers(name: str, side: str) -> N
         assert encoded.target_cut == (None in places)
         assert encoded.target == ([] if None in places else places)
         cut_off += encoded.target_cut
-    assert cut_off > 0
+    assert cut_off > 3
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
