@@ -14,7 +14,8 @@ import torch
 from chats import make_tokenizer
 from shardtune.assemble.device_padding import device_padding, lay_out_on_device
 from shardtune.documents import Documents
-from shardtune.protocols import Batch, Task, Tokens
+from shardtune.examples import Batch, Tokens
+from shardtune.protocols import Task
 from shardtune.task.causal import Causal
 from shardtune.task.chat import Chat
 from shardtune.task.chat_template import set_template

@@ -22,7 +22,7 @@ from shardtune.data.batching.padded import Padded, deal
 from shardtune.data.order import Order
 from shardtune.data.steps import Steps
 from shardtune.data.tables import open_table, write_table
-from shardtune.protocols import Batch, Budget, Encoded, Tokens
+from shardtune.examples import Batch, Budget, Encoded, Tokens
 from shardtune.task.tokens import pad
 
 

@@ -20,7 +20,8 @@ from shardtune.data.fields import questions, texts
 from shardtune.data.files import Row
 from shardtune.data.messages import EMPTY_REPLY, NO_ASSISTANT
 from shardtune.errors import ConfigError, DataError
-from shardtune.protocols import IGNORED, Encoded, Generation, Text, Tokens
+from shardtune.examples import IGNORED, Encoded, Text, Tokens
+from shardtune.protocols import Generation
 from shardtune.row_fields import Fields
 from shardtune.task import turns as turns_module
 from shardtune.task.chat import GENERATION_TAG, Chat

@@ -20,7 +20,7 @@ from shardtune.assemble.data import read_texts
 from shardtune.assemble.shots import _drawn, _earlier_turns, _learned_at_the_end, _tried
 from shardtune.config_file import load_config
 from shardtune.conversations import Conversation, from_text, to_text
-from shardtune.protocols import Encoded, Text
+from shardtune.examples import Encoded, Text
 from shardtune.task.causal import Causal
 from shardtune.task.chat import Chat
 from shardtune.task.chat_template import set_template

@@ -25,7 +25,7 @@ from shardtune.data.sources import Row, rows
 from shardtune.data.splits import Splits, read_splits
 from shardtune.data.tables import TokenTable, fingerprint, open_table, write_table
 from shardtune.errors import ConfigError, DataError, StorageError
-from shardtune.protocols import Encoded, Text
+from shardtune.examples import Encoded, Text
 from shardtune.row_fields import Fields
 from shardtune.task.classification import one_label
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from shardtune.data.tables import TokenTable
 from shardtune.evaluation import Evaluator, Split
+from shardtune.examples import Text, Tokens
 from shardtune.metrics import Scorer
-from shardtune.protocols import Generation, Text, Tokens
+from shardtune.protocols import Generation
 from shardtune.task.seq2seq import Seq2Seq
 from shardtune.world import World
 

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 import plain
 import tiny
 from layouts import ARCHITECTURES
+from shardtune.examples import Text, Tokens
 from shardtune.fused.head import after_head, fuse_head
-from shardtune.protocols import Generation, Task, Text, Tokens
+from shardtune.protocols import Generation, Task
 from shardtune.task.causal import Causal
 from shardtune.task.generation import Drawn, Stopped
 from shardtune.task.multitask import Multitask

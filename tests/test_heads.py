@@ -21,8 +21,9 @@ import run_many
 import tiny
 from layouts import ALL
 from shardtune.cli import main
+from shardtune.examples import Text, Tokens
 from shardtune.model.tokenizer import load_tokenizer, train_tokenizer
-from shardtune.protocols import Generation, Text, Tokens
+from shardtune.protocols import Generation
 from shardtune.task.classification import Classification
 from skeletons import CLASSES, MODELS
 from small_tokenizers import wordpiece

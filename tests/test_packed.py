@@ -25,8 +25,9 @@ from layouts import ARCHITECTURES
 from shardtune import documents
 from shardtune.documents import make_documents
 from shardtune.errors import ConfigError
+from shardtune.examples import IGNORED, Batch, Tokens
 from shardtune.model.packed_attention import keep_apart
-from shardtune.protocols import IGNORED, Batch, Task, Tokens
+from shardtune.protocols import Task
 from shardtune.task.causal import Causal
 from shardtune.task.seq2seq import Seq2Seq
 

@@ -110,7 +110,7 @@ def test_closing_ends_the_thread() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_batches_for_a_gpu_are_pinned() -> None:
-    from shardtune.protocols import Batch
+    from shardtune.examples import Batch
 
     class Batches(Source):
         def at(self, epoch: int, cursor: int) -> Step:

@@ -26,7 +26,7 @@ from shardtune.assemble.tunings import make_tuning
 from shardtune.config_file import load_config
 from shardtune.data.tables import TokenTable
 from shardtune.errors import ConfigError
-from shardtune.protocols import Tokens
+from shardtune.examples import Tokens
 from shardtune.strategy.parameters import materialize
 from shardtune.task.multitask import Multitask
 from shardtune.task.seq2seq import Seq2Seq

@@ -27,8 +27,8 @@ from shardtune.data.steps import Layout
 from shardtune.data.stream import Mixture, Stream, read_judged
 from shardtune.data.stream_steps import StreamSteps
 from shardtune.errors import ConfigError, DataError
+from shardtune.examples import Batch, Budget, Encoded, Text, Tokens
 from shardtune.model.tokenizer import train_tokenizer
-from shardtune.protocols import Batch, Budget, Encoded, Text, Tokens
 from shardtune.row_fields import Fields
 from shardtune.task.tokens import pad
 from tiny import rows, tiny_config, write_rows
@@ -319,7 +319,7 @@ import resource, sys
 from itertools import chain, islice
 from shardtune.row_fields import Fields
 from shardtune.data.stream import Stream
-from shardtune.protocols import Encoded
+from shardtune.examples import Encoded
 def encode(texts):
     return [Encoded(list(range(200)), [1, 2], False, False) for _ in texts]
 stream = Stream([sys.argv[1]], None, Fields("text", None, "summary"), None, encode, 1000, 0)

@@ -19,8 +19,9 @@ from transformers import AutoConfig, set_seed
 from shardtune.data.fields import texts
 from shardtune.data.sources import Row
 from shardtune.errors import DataError
+from shardtune.examples import IGNORED, Batch, Encoded, Text, Tokens
 from shardtune.model.tokenizer import fit_config, load_tokenizer, train_tokenizer
-from shardtune.protocols import IGNORED, Batch, Encoded, Generation, Text, Tokens
+from shardtune.protocols import Generation
 from shardtune.row_fields import Fields
 from shardtune.task.causal import Causal
 from shardtune.task.classification import Classification

@@ -17,7 +17,8 @@ from shardtune.cli import main
 from shardtune.data.fields import texts
 from shardtune.data.sources import Row, rows
 from shardtune.errors import DataError
-from shardtune.protocols import IGNORED, Generation, Text, Tokens
+from shardtune.examples import IGNORED, Text, Tokens
+from shardtune.protocols import Generation
 from shardtune.task.token_classification import Config, TokenClassification
 from skeletons import drawn_model
 from small_tokenizers import byte_level, sentencepiece, wordpiece

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardtune.data.batching.packed import Packed
-from shardtune.protocols import Budget
+from shardtune.examples import Budget
 
 RANKS = 8
 TOKENS = 4096

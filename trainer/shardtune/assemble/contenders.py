@@ -20,7 +20,7 @@ from shardtune.assemble.prepared import Prepared
 from shardtune.assemble.shots import STOP, make_shots
 from shardtune.config import Config
 from shardtune.evaluation import Contender, Evaluator, Judged, Split, Way
-from shardtune.protocols import Text
+from shardtune.examples import Text
 from shardtune.task.multitask import of_one
 from shardtune.tuning_config import VirtualTokensSection
 from shardtune.world import World

@@ -13,8 +13,9 @@ from shardtune.assemble.steps import make_order
 from shardtune.config import Config
 from shardtune.data.order import Order
 from shardtune.data.tables import TokenTable
+from shardtune.examples import Tokens
 from shardtune.model.skeleton import Skeleton
-from shardtune.protocols import Task, Tokens
+from shardtune.protocols import Task
 from shardtune.tuning.eva import Directions, Eva
 from shardtune.world import World
 

@@ -22,11 +22,12 @@ from shardtune.assemble.quiet import quiet_libraries
 from shardtune.assemble.tunings import quantization_of
 from shardtune.config import Config
 from shardtune.errors import ConfigError, NumbersError, StorageError
+from shardtune.examples import Batch, Text, Tokens
 from shardtune.heads import HEADS
 from shardtune.model.quantized import dequantize_layers
 from shardtune.model.skeleton import load_model
 from shardtune.model.tokenizer import load_tokenizer, save_tokenizer
-from shardtune.protocols import Batch, Task, Text, Tokens
+from shardtune.protocols import Task
 from shardtune.task.architecture import keeps_logits
 from shardtune.task.chat import Chat
 from shardtune.task.section import Parts

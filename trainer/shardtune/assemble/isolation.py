@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from shardtune.errors import ConfigError
-from shardtune.protocols import IGNORED, Strategy, Task, Tokens
+from shardtune.examples import IGNORED, Tokens
+from shardtune.protocols import Strategy, Task
 
 SOURCE, TARGET = 12, 6
 """Tokens of the longest example that is tried."""

@@ -18,9 +18,10 @@ from shardtune.data.batching.grouped import Grouped
 from shardtune.data.batching.packed import Packed
 from shardtune.data.batching.padded import Padded
 from shardtune.errors import ConfigError
+from shardtune.examples import Budget
 from shardtune.layers import layer_names
 from shardtune.optimizer_config import PagedAdamw8bitConfig, PagedAdamwConfig
-from shardtune.protocols import Batching, Budget, Strategy, Task
+from shardtune.protocols import Batching, Strategy, Task
 from shardtune.strategy.disk import check_disk
 from shardtune.strategy.replicated import Replicated
 from shardtune.strategy.zero import Zero

@@ -22,9 +22,10 @@ from shardtune.data.publishing import published
 from shardtune.data.tables import TokenTable, cache_folder, fingerprint, open_table, write_table
 from shardtune.errors import DataError, StorageError
 from shardtune.evaluation import Split
+from shardtune.examples import Text
 from shardtune.model.skeleton import load_architecture, set_dropout
 from shardtune.model.tokenizer import fit_config, identity, load_tokenizer, save_tokenizer, train_tokenizer
-from shardtune.protocols import Task, Text
+from shardtune.protocols import Task
 from shardtune.task.chat_template import set_template
 from shardtune.task.section import Parts
 from shardtune.world import World

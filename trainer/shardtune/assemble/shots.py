@@ -18,7 +18,8 @@ from shardtune.data.corpus import Corpus
 from shardtune.data.tables import TokenTable, cache_folder, fingerprint, open_table, write_table
 from shardtune.errors import DataError
 from shardtune.evaluation import Split
-from shardtune.protocols import Encoded, Task, Text
+from shardtune.examples import Encoded, Text
+from shardtune.protocols import Task
 from shardtune.task.chat import Chat
 from shardtune.task.multitask import of_one
 from shardtune.task.section import Parts

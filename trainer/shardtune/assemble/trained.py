@@ -22,10 +22,10 @@ from shardtune.comparing import compare
 from shardtune.config import Config
 from shardtune.data.corpus import Corpus
 from shardtune.errors import ConfigError
+from shardtune.examples import Text, Tokens
 from shardtune.metrics import Scorer
 from shardtune.model.skeleton import load_architecture
 from shardtune.model.tokenizer import load_tokenizer
-from shardtune.protocols import Text, Tokens
 from shardtune.strategy.replicated import Replicated
 from shardtune.task.section import Parts
 from shardtune.text_table import table

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardtune.data.splits import LabelsOf, content_of
-from shardtune.protocols import Text
+from shardtune.examples import Text
 
 BYTES = 8
 """Of a content's digest: of ten million examples, two that differ have the same one with a chance of 3e-6."""

@@ -13,7 +13,7 @@ from shardtune.data.publishing import published
 from shardtune.data.splits import NAMES, LabelsOf, Splits, labels_in
 from shardtune.data.tables import cache_folder
 from shardtune.errors import DataError
-from shardtune.protocols import Text
+from shardtune.examples import Text
 
 VERSION = 5
 """Of what is remembered, and of how texts are read: a change of either needs another number."""

@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 from shardtune.data.messages import example, question
 from shardtune.data.sources import Row
 from shardtune.errors import ConfigError, DataError
+from shardtune.examples import Text
 from shardtune.kinds import check_text, kind
-from shardtune.protocols import Text
 from shardtune.row_fields import Fields
 
 Dropped: TypeAlias = "Counter[str]"

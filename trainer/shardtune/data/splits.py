@@ -12,7 +12,7 @@ from typing import TypeAlias
 from shardtune.data.fields import Dropped, texts
 from shardtune.data.sources import DOCS, Row, rows
 from shardtune.errors import DataError
-from shardtune.protocols import Text
+from shardtune.examples import Text
 from shardtune.row_fields import Fields
 
 LabelsOf: TypeAlias = "Callable[[str], Sequence[str]]"

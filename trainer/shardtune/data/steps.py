@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from shardtune.data.order import Order
 from shardtune.data.tables import TokenTable
-from shardtune.protocols import Batch, Batching, Budget, Tokens
+from shardtune.examples import Batch, Budget, Tokens
+from shardtune.protocols import Batching
 
 
 class Step(NamedTuple):

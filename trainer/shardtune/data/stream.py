@@ -14,7 +14,7 @@ from shardtune.data.fields import Dropped, texts
 from shardtune.data.sources import rows
 from shardtune.data.splits import Splits, fingerprints_of, split_of
 from shardtune.errors import DataError
-from shardtune.protocols import Encoded, Text, Tokens
+from shardtune.examples import Encoded, Text, Tokens
 from shardtune.row_fields import Fields
 
 ENCODED_AT_ONCE = 256

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 
 from shardtune.data.publishing import published
-from shardtune.protocols import Encoded, Tokens
+from shardtune.examples import Encoded, Tokens
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

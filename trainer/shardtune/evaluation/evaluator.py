@@ -14,8 +14,9 @@ from torch import nn
 from shardtune.errors import StorageError
 from shardtune.evaluation.judged import AS_IT_IS, SPEEDS, Judged, Prediction, Split, Way
 from shardtune.evaluation.results import Results
+from shardtune.examples import Text
 from shardtune.metrics import Scorer
-from shardtune.protocols import Generation, Strategy, Task, Text
+from shardtune.protocols import Generation, Strategy, Task
 from shardtune.world import World
 
 FIRST = 20

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
-from shardtune.protocols import Task, Text
+from shardtune.examples import Text
+from shardtune.protocols import Task
 
 if TYPE_CHECKING:
     from torch import nn

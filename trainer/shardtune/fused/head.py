@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from shardtune.examples import IGNORED
 from shardtune.fused.linears import replace_forward
 from shardtune.head_loss import awaited
-from shardtune.protocols import IGNORED
 from shardtune_kernels import linear_cross_entropy
 
 TRIED = torch.linspace(-40, 40, 7)

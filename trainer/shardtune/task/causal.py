@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from shardtune.protocols import Batch, Encoded, Generation, Task, Text, Tokens
+from shardtune.examples import Batch, Encoded, Text, Tokens
+from shardtune.protocols import Generation, Task
 from shardtune.row_fields import Fields
 from shardtune.section import Positive
 from shardtune.task.section import WRITTEN, Parts, PromptedSection

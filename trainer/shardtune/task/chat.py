@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shardtune.conversations import ASSISTANT, Conversation, Turn, from_text, to_text
 from shardtune.errors import ConfigError, DataError
-from shardtune.protocols import Batch, Encoded, Generation, Text, Tokens
+from shardtune.examples import Batch, Encoded, Text, Tokens
+from shardtune.protocols import Generation
 from shardtune.ragged import LayOut
 from shardtune.task.causal import Causal
 from shardtune.task.chat_template import NAMES

@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from shardtune import documents
-from shardtune.protocols import Generation, Tokens
+from shardtune.examples import Tokens
+from shardtune.protocols import Generation
 
 
 def all_ends(ends: int | list[int], more: Sequence[int]) -> int | list[int]:

@@ -9,7 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from shardtune.protocols import Batch, Encoded, Generation, Task, Text, Tokens
+from shardtune.examples import Batch, Encoded, Text, Tokens
+from shardtune.protocols import Generation, Task
 
 
 class Multitask:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from shardtune.errors import DataError
+from shardtune.examples import IGNORED, Batch, Encoded, Text, Tokens
 from shardtune.kinds import check_text, kind
-from shardtune.protocols import IGNORED, Batch, Encoded, Generation, Text, Tokens
+from shardtune.protocols import Generation
 from shardtune.row_fields import Fields
 from shardtune.task.section import Parts, TaskSection
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
-from shardtune.protocols import IGNORED, Batch
+from shardtune.examples import IGNORED, Batch
 from shardtune.ragged import LayOut, Ragged, Stream
 
 NO_LABELS = torch.empty(0, dtype=torch.int64)

@@ -8,7 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from shardtune.protocols import Batch, Task
+from shardtune.examples import Batch
+from shardtune.protocols import Task
 
 
 class _WithPenalty(torch.autograd.Function):

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardtune.data.batching.padded import lay_out
-from shardtune.protocols import Budget
+from shardtune.examples import Budget
 
 
 class Grouped:

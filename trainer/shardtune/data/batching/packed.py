@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from shardtune.data.batching.balance import deal_evenly, spread
 from shardtune.data.batching.histogram import fill, first_fit_decreasing, multifit
-from shardtune.protocols import Budget
+from shardtune.examples import Budget
 
 MANY_ROUNDS = 32
 """From so many on, ranks come out even by taking turns, whatever single bins hold."""

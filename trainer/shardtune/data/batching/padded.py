@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from shardtune.protocols import Budget
+from shardtune.examples import Budget
 
 
 def deal(positions: NDArray[np.int64], ranks: int, micro_examples: int) -> list[list[NDArray[np.int64]]]:
