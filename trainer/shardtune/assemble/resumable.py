@@ -106,7 +106,7 @@ def compare(
         other = kind is not None and name != kind and old[f"{section}.{kind}"] != new[f"{section}.{kind}"]
         if other or section == "duration":
             continue
-        line = f"{key}: {_shown(new.get(key))}, was {_shown(old.get(key))}"
+        line = f"{key}: {shown(new.get(key))}, was {shown(old.get(key))}"
         reason = _reason(key, then, now, same_data, same_base)
         if reason is not None:
             refused.append(_placed(place(key), f"{line}: {reason}"))
@@ -207,7 +207,7 @@ def _duration(then: Config, now: Config) -> tuple[str, str | None]:
     """What a changed duration means, and why it cannot be changed, if so."""
     (kind, length), (old_kind, old_length) = _length(now.duration), _length(then.duration)
     longer = is_longer(now.duration, then.duration)
-    line = f"duration.{kind}: {_shown(length)}, was {_shown(old_length)}{'' if kind == old_kind else f' {old_kind}'}"
+    line = f"duration.{kind}: {shown(length)}, was {shown(old_length)}{'' if kind == old_kind else f' {old_kind}'}"
     if isinstance(now.tuning, AdaloraConfig) and not longer:
         return line, "adalora's ranks fall at shares of the steps, and the last time may have been missed"
     if now.optimizer.schedule == "constant":
@@ -219,7 +219,7 @@ def _duration(then: Config, now: Config) -> tuple[str, str | None]:
     )
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """As in a config file; large numbers with commas."""
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from shardtune.assemble.resumable import UNSAID, is_longer
+from shardtune.assemble.resumable import UNSAID, is_longer, shown
 from shardtune.checkpoint.names import DAMAGED, FOLDER, MANIFEST, folder_name, step_of
 from shardtune.config import Config
 from shardtune.config_file import flat, load_config
@@ -42,13 +42,8 @@ def finished(config: Config) -> list[str] | None:
         )
     old, new = flat(then), flat(config)
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key) and key not in UNSAID]
-    lines += [f"  it was trained with {key}: {_shown(old.get(key))}, not {_shown(new.get(key))}" for key in changed]
+    lines += [f"  it was trained with {key}: {shown(old.get(key))}, not {shown(new.get(key))}" for key in changed]
     return [*lines, "Give checkpoint.resume=never to set it aside and start anew, or another name."]
-
-
-def _shown(value: object) -> object:
-    """As YAML has it."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else value
 
 
 def _is_more_patient(now: Config, then: Config) -> bool:
