@@ -16,7 +16,7 @@ MOST_SCORES = 12
 """So many scores have a chart; of a task with a score for each of many labels, the first ones."""
 COLOURS = {"train": 1, "validation": 2, "test": 3}
 SPLITS = ("validation", "test")
-LEVELS = {"lead": "1st sentence"}
+LEVELS = {"lead": "1st sentences"}
 """What a chart calls what tuning is compared with, where people may not know its name."""
 
 
