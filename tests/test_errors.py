@@ -22,9 +22,6 @@ from shardtune.errors import ConfigError
 from shardtune.model.tokenizer import train_tokenizer
 from tiny import ARCHITECTURES, TASKS, rows, tiny_config, write_rows
 
-CPU_SECONDS = 5.0
-"""User time within which an error is found that needs no weights; wall-clock time depends on the machine's load."""
-
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -108,7 +105,6 @@ def test_wrong_config(name: str, tmp_path: Path, cache: Path) -> None:
     done = train(config, cache, "python", 1, *wrong.overrides, imports=True)
     check(done, ConfigError.exit_code, wrong.message, *([line_of(config, wrong.line)] if wrong.line else []))
     assert not imports_torch(done)
-    assert done.cpu_seconds < CPU_SECONDS, done.said
     assert not (tmp_path / "runs").exists()
     print(f"{name}: {done.cpu_seconds:.2f} s of CPU, {done.seconds:.2f} s")
 
@@ -259,7 +255,6 @@ def test_wrong_data(spoil: Callable[[Path], str], tmp_path: Path, cache: Path) -
     done = train(config, cache, imports=True)
     check(done, 3, message)
     assert not imports_torch(done)
-    assert done.cpu_seconds < CPU_SECONDS, done.said
     print(f"{spoil.__name__}: {done.cpu_seconds:.2f} s of CPU, {done.seconds:.2f} s")
 
 
@@ -285,9 +280,10 @@ def test_wrong_data_on_two_ranks(launcher: str, tmp_path: Path, cache: Path) -> 
 )
 def test_model_does_not_fit(model: str, task: str, fits: str, tmp_path: Path, cache: Path) -> None:
     config = tiny_config(tmp_path, model, task=TASKS[task])
-    done = train(config, cache)
+    done = train(config, cache, imports=True)
     check(done, 2, f"model.path {tmp_path / model}: a {model} model does not fit task.kind: {task}; ", fits)
-    assert done.cpu_seconds < 2 * CPU_SECONDS, done.said
+    assert imports_torch(done)
+    assert f"transformers.models.{model}.modeling_{model}" not in done.modules, "no model is built"
     print(f"{model} for {task}: {done.cpu_seconds:.2f} s of CPU, {done.seconds:.2f} s")
 
 
@@ -342,16 +338,17 @@ def test_model_does_not_fit_on_two_ranks(tmp_path: Path, cache: Path) -> None:
 def test_a_file_in_place_of_runs(tmp_path: Path, cache: Path) -> None:
     config = tiny_config(tmp_path)
     (tmp_path / "runs").write_text("")
-    done = train(config, cache)
+    done = train(config, cache, imports=True)
     check(done, 7, f"{tmp_path / 'runs' / 'tiny'}: cannot be made: {tmp_path / 'runs'} is a file")
-    assert done.cpu_seconds < CPU_SECONDS, done.said
+    assert not imports_torch(done)
     print(f"{done.cpu_seconds:.2f} s of CPU, {done.seconds:.2f} s")
 
 
-def test_a_file_in_place_of_runs_on_two_ranks(tmp_path: Path, cache: Path) -> None:
+@pytest.mark.parametrize("launcher", ["shardtune", "torchrun", "deepspeed"])
+def test_a_file_in_place_of_runs_on_two_ranks(launcher: str, tmp_path: Path, cache: Path) -> None:
     config = tiny_config(tmp_path)
     (tmp_path / "runs").write_text("")
-    check(train(config, cache, "shardtune", 2), 7, "cannot be made")
+    check(train(config, cache, launcher, 2), 7, "cannot be made", launcher=launcher)
 
 
 # ------------------------------------------------------------------------------------------------- numbers

@@ -188,10 +188,12 @@ def _train(options: argparse.Namespace) -> int:
     if ranks * options.nodes == 1:
         return _train_here(options, config)
     from shardtune.assemble.data import check_model_path
+    from shardtune.run_folder import check_place
     from shardtune.spawn import spawn
 
     _check_outside(config)
     check_model_path(config)
+    check_place(Path(config.runs) / config.name)
     command = [sys.executable, "-m", "shardtune.cli", "--config", str(options.config), *options.overrides]
     try:
         return spawn(command, ranks, options.nodes, options.node_rank, options.rendezvous)
@@ -225,6 +227,7 @@ def _train_until(options: argparse.Namespace, config: Config | None, stopping: S
     from shardtune.assemble.data import check_model_path, read_texts
     from shardtune.assemble.run_again import finished
     from shardtune.config_file import places
+    from shardtune.run_folder import check_place
     from shardtune.world import check_launcher, join_world, launched_rank, launched_ranks
 
     config = config or config_of(options)
@@ -238,7 +241,10 @@ def _train_until(options: argparse.Namespace, config: Config | None, stopping: S
         if rank == 0:
             print("\n".join(said))
         return 0
-    corpus = read_texts(config) if ranks == 1 else None
+    corpus = None
+    if ranks == 1:
+        check_place(Path(config.runs) / config.name)
+        corpus = read_texts(config)
     world = join_world()
     with world.others_may_end():
         if ranks > 1:

@@ -48,12 +48,10 @@ def keep_result(folder: Path, step: int) -> Path | None:
         raise StorageError(f"{final}: cannot be renamed: {error.strerror or error}") from error
 
 
-def set_aside(folder: Path) -> Path | None:
-    """Renames an existing folder to <name>.old-1 (or -2, …) and returns the new path; None where there is none.
-
-    Raises StorageError where a new one could not be made: that is better known before the weights are loaded;
-    ConfigError where a run is writing there.
-    """
+def check_place(folder: Path) -> None:
+    """Raises StorageError where the folder is not there and cannot be made: better known before torch is imported."""
+    if folder.exists():
+        return
     place = folder.parent
     while not place.exists():
         place = place.parent
@@ -61,6 +59,15 @@ def set_aside(folder: Path) -> Path | None:
         raise StorageError(f"{folder}: cannot be made: {place} is a file")
     if not os.access(place, os.W_OK | os.X_OK):
         raise StorageError(f"{folder}: cannot be made: {place} is not writable")
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Renames an existing folder to <name>.old-1 (or -2, …) and returns the new path; None where there is none.
+
+    Raises StorageError where that cannot be done or a new one could not be made, ConfigError where a run is writing
+    there.
+    """
+    check_place(folder)
     if not folder.exists():
         return None
     if folder.is_dir():
