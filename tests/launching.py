@@ -140,6 +140,17 @@ def marked(mark: str) -> list[int]:
     return found
 
 
+def ranks_of(mark: str) -> dict[int, int]:
+    """The process of each rank; those that ranks have started have the variables of theirs, too."""
+    ranks, parents = {}, {}
+    for pid in marked(mark):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            parents[pid] = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            ranks[pid] = next((int(v[len("RANK=") :]) for v in variables if v.startswith(b"RANK=")), None)
+    return {rank: pid for pid, rank in ranks.items() if rank is not None and ranks.get(parents[pid]) is None}
+
+
 def free_port() -> int:
     """A TCP port that nobody listens on."""
     with socket.socket() as probe:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
-from launching import BIN, Finished, command, marked, run, started, wait_for
+from launching import BIN, Finished, command, marked, ranks_of, run, started, wait_for
 from shardtune.cli import main
 from shardtune.errors import ConfigError
 from shardtune.model.tokenizer import train_tokenizer
@@ -408,17 +408,9 @@ def test_a_killed_rank(victim: int, tmp_path: Path, cache: Path) -> None:
         assert wait_for(lambda: metrics.exists() and len(metrics.read_bytes()) > 0, 120), (
             tmp_path / "output"
         ).read_text()
-        ranks = {rank_of(pid): pid for pid in marked(process.mark) if pid != process.pid}  # type: ignore[attr-defined]
-        os.kill(ranks[victim], signal.SIGKILL)
+        os.kill(ranks_of(process.mark)[victim], signal.SIGKILL)  # type: ignore[attr-defined]
         assert wait_for(lambda: process.poll() is not None, 20)
         said = (tmp_path / "output").read_text()
         assert process.returncode == 6, said
         assert f"rank {victim} was killed by SIGKILL" in said
-        assert not marked(process.mark)  # type: ignore[attr-defined]
-
-
-def rank_of(pid: int) -> int | None:
-    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    if b"write_process" in Path(f"/proc/{pid}/cmdline").read_bytes():
-        return None
-    return next((int(v.partition(b"=")[2]) for v in variables if v.startswith(b"RANK=")), None)
+        assert wait_for(lambda: not marked(process.mark), 1)  # type: ignore[attr-defined]

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from launching import BIN, REPOSITORY, command, free_port, marked, run, started, wait_for
+from launching import BIN, REPOSITORY, command, free_port, marked, ranks_of, run, started, wait_for
 from tiny import rows, tiny_config, write_rows
 
 SCRIPT = REPOSITORY / "tests" / "ranks" / "stop_in_steps.py"
@@ -259,18 +259,10 @@ def stop(
         assert wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= lines, 90), log.read_text()
         time.sleep(wait)
         told = time.monotonic()
-        os.kill(process.pid if to == "launcher" else last_rank(process), number)
+        os.kill(process.pid if to == "launcher" else ranks_of(process.mark)[1], number)  # type: ignore[attr-defined]
         gone = wait_for(lambda: process.poll() is not None and not marked(process.mark), 30)
         assert gone, log.read_text()
         return Stopped(words, folder_of_run, process.returncode, log.read_text(), time.monotonic() - told)
-
-
-def last_rank(process: subprocess.Popen[bytes]) -> int:
-    for pid in marked(process.mark):  # type: ignore[attr-defined]
-        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        if b"RANK=1" in variables and b"write_process" not in Path(f"/proc/{pid}/cmdline").read_bytes():
-            return pid
-    raise AssertionError("there is no rank 1")
 
 
 REAL = [
