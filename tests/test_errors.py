@@ -22,6 +22,9 @@ from shardtune.errors import ConfigError
 from shardtune.model.tokenizer import train_tokenizer
 from tiny import ARCHITECTURES, TASKS, rows, tiny_config, write_rows
 
+CPU_SECONDS = 5.0
+"""User time within which an error is found that needs no weights; wall-clock time depends on the machine's load."""
+
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -105,6 +108,7 @@ def test_wrong_config(name: str, tmp_path: Path, cache: Path) -> None:
     done = train(config, cache, "python", 1, *wrong.overrides, imports=True)
     check(done, ConfigError.exit_code, wrong.message, *([line_of(config, wrong.line)] if wrong.line else []))
     assert not imports_torch(done)
+    assert done.cpu_seconds < CPU_SECONDS, done.said
     assert not (tmp_path / "runs").exists()
     print(f"{name}: {done.cpu_seconds:.2f} s of CPU, {done.seconds:.2f} s")
 
@@ -255,6 +259,7 @@ def test_wrong_data(spoil: Callable[[Path], str], tmp_path: Path, cache: Path) -
     done = train(config, cache, imports=True)
     check(done, 3, message)
     assert not imports_torch(done)
+    assert done.cpu_seconds < CPU_SECONDS, done.said
     print(f"{spoil.__name__}: {done.cpu_seconds:.2f} s of CPU, {done.seconds:.2f} s")
 
 
@@ -280,10 +285,9 @@ def test_wrong_data_on_two_ranks(launcher: str, tmp_path: Path, cache: Path) -> 
 )
 def test_model_does_not_fit(model: str, task: str, fits: str, tmp_path: Path, cache: Path) -> None:
     config = tiny_config(tmp_path, model, task=TASKS[task])
-    done = train(config, cache, imports=True)
+    done = train(config, cache)
     check(done, 2, f"model.path {tmp_path / model}: a {model} model does not fit task.kind: {task}; ", fits)
-    assert imports_torch(done)
-    assert f"transformers.models.{model}.modeling_{model}" not in done.modules, "no model is built"
+    assert done.cpu_seconds < 2 * CPU_SECONDS, done.said
     print(f"{model} for {task}: {done.cpu_seconds:.2f} s of CPU, {done.seconds:.2f} s")
 
 
@@ -341,6 +345,7 @@ def test_a_file_in_place_of_runs(tmp_path: Path, cache: Path) -> None:
     done = train(config, cache, imports=True)
     check(done, 7, f"{tmp_path / 'runs' / 'tiny'}: cannot be made: {tmp_path / 'runs'} is a file")
     assert not imports_torch(done)
+    assert done.cpu_seconds < CPU_SECONDS, done.said
     print(f"{done.cpu_seconds:.2f} s of CPU, {done.seconds:.2f} s")
 
 
@@ -413,4 +418,4 @@ def test_a_killed_rank(victim: int, tmp_path: Path, cache: Path) -> None:
         said = (tmp_path / "output").read_text()
         assert process.returncode == 6, said
         assert f"rank {victim} was killed by SIGKILL" in said
-        assert wait_for(lambda: not marked(process.mark), 1)  # type: ignore[attr-defined]
+        assert not marked(process.mark)  # type: ignore[attr-defined]

@@ -130,8 +130,10 @@ def test_a_second_interrupt_leaves_at_once(launcher: str, tmp_path: Path) -> Non
             time.sleep(0.1)
         time.sleep(1.5)
         assert process.poll() is None
+        told = time.monotonic()
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 130, said(tmp_path)
+        assert time.monotonic() - told < 2
         assert wait_for(lambda: not marked(process.mark), 2)
         assert list(tmp_path.glob("saved-*")) == []
         assert said(tmp_path).count("interrupted twice") == 1
@@ -307,6 +309,7 @@ def test_an_evaluation_is_left_out(last: bool, tmp_path: Path) -> None:
     how = ("python", "launcher") if last else ("shardtune", "rank")
     stopped = stop(tmp_path, *how, signal.SIGTERM, 2, 1.0, **keys, **long)
     assert stopped.code == 75, stopped.said
+    assert stopped.seconds < 10
     assert [(line["step"], "split" in line) for line in stopped.metrics] == [(1, False), (2, False)]
     assert stopped.checkpoints == ["step-00000002"]
     assert stopped.said.count("validation at step 2 left out: the run was told to stop\n") == 1
